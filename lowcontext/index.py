@@ -1,4 +1,4 @@
-"""BlockIndex: which keys each block of queries reads. The one type between selection and attention."""
+"""BlockIndex: which keys each block of queries reads; the one type between select and attend."""
 
 from __future__ import annotations
 
@@ -250,8 +250,13 @@ class BlockIndex:
             inside = mask.gather(3, columns.clamp(0, Lk - 1)) & listed
             _raise_at("kv_columns", inside, "columns outside every listed tile", columns, n)
 
-    def to_flex(self, Lq: int, Lk: int) -> BlockMask:
+    def to_flex(self, Lq: int, Lk: int, Hq: int | None = None) -> BlockMask:
         """The same attention as a torch FlexAttention `BlockMask`, full and partial blocks apart.
+
+        Args:
+            Lq: number of queries; Lk: number of keys.
+            Hq: query heads; needed where the index has one list per KV head, which FlexAttention
+                has no form for and which is then repeated.
 
         Raises:
             ValueError: the index has columns, or tiles that are not multiples of `block_k`, or the
@@ -260,12 +265,12 @@ class BlockIndex:
         from torch.nn.attention.flex_attention import BlockMask
 
         self._expect_blocks(Lq, Lk)
-        if self.kv_columns is not None and bool((self.kv_num_columns != 0).any()):
+        if self.kv_num_columns is not None and bool(self.kv_num_columns.any()):
             raise ValueError("to_flex: expected an index without columns, got kv_columns")
         offset = Lk - Lq
         if offset % self.block_q:
             raise ValueError(
-                f"to_flex: expected Lk - Lq to be a multiple of block_q={self.block_q}, got {offset}"
+                f"to_flex: expected Lk - Lq to be a multiple of {self.block_q}, got {offset}"
             )
         listed = (
             torch.arange(self.kv_starts.shape[-1], device=self.device)
@@ -281,6 +286,8 @@ class BlockIndex:
         keep = torch.zeros(B, H, Nq, Nk + 1, dtype=torch.bool, device=self.device)
         keep = keep.scatter_(3, blocks.clamp(0, Nk), torch.ones_like(blocks, dtype=torch.bool))
         keep = keep[..., :Nk]
+        if Hq is not None and H not in (1, Hq):
+            keep = keep.repeat_interleave(Hq // H, dim=1)
         row0 = torch.arange(Nq, device=self.device)[:, None] * self.block_q + offset
         last_key = (torch.arange(Nk, device=self.device) + 1) * self.block_k - 1
         full = keep & (last_key <= row0) & (last_key < Lk)
@@ -288,8 +295,12 @@ class BlockIndex:
         partial_blocks, partial_counts = compact(keep & ~full & ~future, Nk)
         full_blocks, full_counts = compact(full, Nk)
 
-        def causal(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-            return (kv_idx <= q_idx + offset) & (kv_idx < Lk)
+        batch, heads = (1 if n > 1 else 0 for n in keep.shape[:2])
+        block_q, block_k = self.block_size
+
+        def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            listed = keep[b * batch, h * heads, q_idx // block_q, kv_idx // block_k]
+            return listed & (kv_idx <= q_idx + offset)
 
         return BlockMask.from_kv_blocks(
             partial_counts,
@@ -297,7 +308,7 @@ class BlockIndex:
             full_counts,
             full_blocks.to(torch.int32),
             BLOCK_SIZE=self.block_size,
-            mask_mod=causal,
+            mask_mod=visible,
             seq_lengths=(Lq, Lk),
         )
 

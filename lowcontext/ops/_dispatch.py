@@ -53,25 +53,31 @@ class Backend:
 
 
 @cache
-def _load() -> dict[str, Backend]:
-    return {name: Backend(name, importlib.import_module(m)) for name, m in _MODULES.items()}
+def _load(name: str) -> Backend:
+    return Backend(name, importlib.import_module(_MODULES[name]))
 
 
 @cache
-def _status() -> dict[str, str | None]:
-    return {name: backend.module.status() for name, backend in _load().items()}
+def _status(name: str) -> str | None:
+    return _load(name).module.status()
 
 
 @torch.compiler.assume_constant_result
-def backends() -> dict[str, Backend]:
-    """All backends by name, in order of preference."""
-    return _load()
+def backend_named(name: str) -> Backend:
+    """The backend, its module imported on first use.
+
+    Raises:
+        ValueError: `name` is not a backend.
+    """
+    if name not in _MODULES:
+        raise ValueError(f"backend: expected 'auto' or one of {list(_MODULES)}, got {name!r}")
+    return _load(name)
 
 
 @torch.compiler.assume_constant_result
 def unusable(name: str) -> str | None:
     """Why the backend cannot run on this machine at all; None if it can."""
-    return _status()[name]
+    return _status(name)
 
 
 def select(
@@ -83,40 +89,48 @@ def select(
         ValueError: `backend` is not a known name.
         RuntimeError: the named backend, or with "auto" every backend, cannot run it; the message
             lists each reason.
+        NotImplementedError: gradients through a backend other than the reference.
     """
-    table = backends()
+    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if backend != "auto":
-        if backend not in table:
-            raise ValueError(f"backend: expected 'auto' or one of {list(table)}, got {backend!r}")
-        reason = table[backend].supports(op, q, k, v, index)
+        named = backend_named(backend)
+        reason = named.supports(op, q, k, v, index)
         if reason:
             raise RuntimeError(f"backend {backend!r} cannot run {op}: {reason}")
-        return table[backend]
-    grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    reasons = {}
-    for name, candidate in table.items():
+        if grad and backend != "reference":
+            raise NotImplementedError(
+                f"backend {backend!r} is for inference: call it under torch.no_grad(), "
+                "or use backend='reference' for gradients"
+            )
+        return named
+    reasons: dict[str, str | None] = {}
+    for name in _MODULES:
         if name == "reference" and q.device.type != "cpu" and not grad:
             reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
             continue
+        candidate = backend_named(name)
         reason = candidate.supports(op, q, k, v, index)
         if not reason and grad and name != "reference":
             reason = "inference only, and a gradient is required"
         if not reason:
-            if name == "reference" and not grad and unusable("native"):
-                _warn_slow(str(unusable("native")))
+            if name == "reference" and not grad and not torch.compiler.is_compiling():
+                _warn_slow(reasons)
             return candidate
         reasons[name] = reason
     listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"no backend can run {op}: {listing}")
 
 
-@torch.compiler.disable
-def _warn_slow(reason: str) -> None:
-    warnings.warn(
-        f"lowcontext runs its slow PyTorch reference: {reason}", RuntimeWarning, stacklevel=4
-    )
+def _warn_slow(reasons: dict[str, str | None]) -> None:
+    native = reasons.get("native")
+    if native == unusable("native"):
+        warnings.warn(
+            f"lowcontext runs its slow PyTorch reference, native is missing: {native}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def table() -> list[tuple[str, str | None]]:
     """(backend name, reason it is unusable on this machine or None): what `info` prints."""
-    return [(name, unusable(name)) for name in backends()]
+    return [(name, unusable(name)) for name in _MODULES]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 
-# Rows are processed in chunks so that one chunk of logits holds at most this many numbers (256 MiB).
+# Rows are processed in chunks: one chunk of logits holds at most this many numbers (256 MiB).
 _CHUNK_ELEMENTS = 2**26
 
 
