@@ -1,0 +1,1 @@
+"""Benchmarks: checked first, then timed against baselines in the same run."""

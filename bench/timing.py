@@ -1,0 +1,111 @@
+"""Interleaved timing and the measured limits of the machine."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Times:
+    """Percentiles of one candidate's time, in milliseconds."""
+
+    p20: float
+    p50: float
+    p80: float
+
+
+def interleave(
+    candidates: dict[str, Callable[[], Any]], *, rounds: int, budget_s: float, device: str = "cpu"
+) -> dict[str, Times]:
+    """Times the candidates in turn, A B C A B C, so that all see the same machine.
+
+    Args:
+        candidates: what to call; each is called once before timing.
+        rounds: most rounds; at least three are run.
+        budget_s: no further round starts after so many seconds.
+        device: "cpu" or "cuda"; a GPU is waited for around each call.
+
+    Returns:
+        Percentiles per candidate.
+    """
+    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
+    for call in candidates.values():
+        call()
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    began = time.perf_counter()
+    for done in range(rounds):
+        if done >= 3 and time.perf_counter() - began > budget_s:
+            break
+        for name, call in candidates.items():
+            wait()
+            start = time.perf_counter()
+            call()
+            wait()
+            times[name].append((time.perf_counter() - start) * 1e3)
+    return {name: _percentiles(values) for name, values in times.items()}
+
+
+def _percentiles(values: list[float]) -> Times:
+    quantiles = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return Times(*(float(x) for x in quantiles))
+
+
+def read_bandwidth(buffer: torch.Tensor) -> Callable[[], Any]:
+    """A call that reads all of `buffer` once: the best reader torch has, a sum over fp32."""
+    return buffer.sum
+
+
+def matmul_rate(seconds: float = 1.0) -> float:
+    """Measured fp32 matrix product rate of the machine in TFLOP/s, 2048 cubed, best of the runs."""
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    out = torch.empty_like(a)
+    best, began = 0.0, time.perf_counter()
+    while time.perf_counter() - began < seconds or best == 0.0:
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = max(best, 2 * 2048**3 / (time.perf_counter() - start) / 1e12)
+    return best
+
+
+def environment() -> dict[str, Any]:
+    """What a row says about where it was measured."""
+    import lowcontext
+    from lowcontext.ops import native
+
+    root = Path(__file__).parent.parent
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "device": gpu or _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "isa": native.cpu_isa() if native.status() is None else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lowcontext": lowcontext.__version__,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "dirty": bool(status) if status is not None else None,
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

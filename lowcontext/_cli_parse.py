@@ -1,0 +1,201 @@
+"""What the command line does below its options: parsing, loading, running, tables."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowcontext.methods import Method, get_method
+
+
+def installed_version(package: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def method(spec: str) -> Method:
+    """A method from `NAME` or `NAME:key=value,key=value`; values are YAML scalars.
+
+    Raises:
+        ValueError, TypeError: the text does not parse, or the method refuses it.
+    """
+    import yaml
+
+    name, _, rest = spec.partition(":")
+    options = {}
+    for pair in filter(None, rest.split(",")):
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"method: expected NAME:key=value,key=value, got {spec!r}")
+        options[key.strip()] = yaml.safe_load(value)
+    return get_method(name.strip(), **options)
+
+
+def lengths(text: str) -> tuple[int, ...]:
+    """Token counts from text such as "1k,4096,128k"; k is 1024."""
+    values = []
+    for part in filter(None, (p.strip().lower() for p in text.split(","))):
+        number, factor = (part[:-1], 1024) if part.endswith("k") else (part, 1)
+        if not number.isdigit():
+            raise ValueError(f"lengths: expected numbers such as 4096 or 4k, got {part!r}")
+        values.append(int(number) * factor)
+    return tuple(values)
+
+
+def depth_grid(count: int) -> tuple[float, ...]:
+    """`count` depths from 0 to 100 percent; one depth is the middle."""
+    return (50.0,) if count == 1 else tuple(100.0 * i / (count - 1) for i in range(count))
+
+
+def prompt_text(prompt: str | None, file: Path | None) -> str:
+    """The prompt from one of the two options."""
+    if (prompt is None) == (file is None):
+        raise ValueError("prompt: expected one of --prompt and --prompt-file")
+    text = prompt if file is None else file.read_text(encoding="utf-8")
+    if not text:
+        raise ValueError("prompt: expected some text, got none")
+    return text
+
+
+def load_model(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A causal LM and its tokenizer from a local folder, in eval mode.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or dtype or device is unknown.
+    """
+    if not (Path(folder) / "config.json").exists():
+        raise ValueError(f"model: expected a folder with a config.json, got {folder!r}")
+    dtypes = ("auto", "float32", "bfloat16", "float16")
+    if dtype not in dtypes:
+        raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    value = dtype if dtype == "auto" else getattr(torch, dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=value)
+    return model.to(device).eval(), tokenizer
+
+
+@dataclass(frozen=True)
+class Generated:
+    """The new text and one line about how it was made."""
+
+    text: str
+    summary: str
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    chosen: Method,
+    max_new_tokens: int,
+    chat: bool,
+    chunk: int | None,
+) -> Generated:
+    """Greedy generation with a patched model."""
+    from lowcontext.integrations import measure_density, patched
+
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("--chat: expected a tokenizer with a chat template, got one without")
+        messages = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
+    length = batch["input_ids"].shape[1]
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
+    if chunk:
+        options["prefill_chunk_size"] = chunk
+    clock = _Clock()
+    with patched(model, chosen), measure_density(model) as density:
+        out = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            streamer=clock,
+            **options,
+        )
+    times = clock.times
+    steps = len(times) - 2
+    tpot = f", {(times[-1] - times[1]) / steps * 1e3:.1f} ms per token after it" if steps else ""
+    summary = (
+        f"{chosen}: {length} prompt tokens, first token after {times[1] - times[0]:.2f} s{tpot}; "
+        f"density {_share(density.prefill)} in prefill, {_share(density.decode)} in decode"
+    )
+    return Generated(tokenizer.decode(out[0, length:], skip_special_tokens=True), summary)
+
+
+def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path) -> Iterator[Any]:
+    """Needle rows of one method, the model patched while they run."""
+    from lowcontext.eval import run_needle
+    from lowcontext.integrations import measure_density, patched
+
+    with patched(model, chosen), measure_density(model) as density:
+
+        def stats() -> dict[str, float]:
+            values = {"density": density.prefill, "density_decode": density.decode}
+            density.reset()
+            return {name: value for name, value in values.items() if value == value}
+
+        yield from run_needle(model, tokenizer, grid, method=str(chosen), out=out, stats=stats)
+
+
+def needle_tables(rows: Sequence[Any]) -> list[Table]:
+    """Two tables: by length with density and times, and accuracy by depth."""
+    from lowcontext.eval import summarize
+
+    by_length = Table(
+        "method", "length", "accuracy", "95% interval", "density", "decode", "TTFT s", "TPOT ms"
+    )
+    decode: dict[tuple[str, int], list[float]] = {}
+    cells: dict[tuple[str, float], list[bool]] = {}
+    for row in rows:
+        share = row.stats.get("density_decode")
+        decode.setdefault((row.method, row.length), []).extend([] if share is None else [share])
+        cells.setdefault((row.method, row.depth), []).append(row.correct)
+    for line in summarize(rows):
+        values = decode[line.method, line.length]
+        by_length.add_row(
+            line.method,
+            str(line.length),
+            f"{line.accuracy:.0%}",
+            f"{line.low:.0%}-{line.high:.0%}",
+            _share(line.density),
+            _share(sum(values) / len(values)) if values else "",
+            f"{line.ttft_s:.2f}",
+            "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
+        )
+    depths = sorted({row.depth for row in rows})
+    by_depth = Table("accuracy by depth", *(f"{depth:g}%" for depth in depths))
+    for name in dict.fromkeys(row.method for row in rows):
+        found = [cells.get((name, depth), []) for depth in depths]
+        by_depth.add_row(name, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))
+    return [by_length, by_depth]
+
+
+class _Clock:
+    """A streamer that notes when generate hands out the prompt and each token."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by generate after the last token; there is nothing left to note."""
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None or value != value else f"{value:.1%}"

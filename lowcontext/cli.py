@@ -1,0 +1,244 @@
+"""The command line: info, methods, generate, needle, checkpoint, bench."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lowcontext import _cli_parse as parse
+
+app = typer.Typer(
+    help="Long-context sparse attention for Hugging Face models.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+ModelArg = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")]
+DtypeOpt = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Turns expected failures into one red line and exit code 1."""
+    try:
+        yield
+    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
+        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(1) from error
+
+
+@app.command()
+def info() -> None:
+    """Shows versions, devices and which backends can run here, with the reason where not.
+
+    Example: `lowcontext info`
+    """
+    import torch
+
+    from lowcontext._version import __version__
+    from lowcontext.ops import _dispatch, native
+
+    table = Table(show_header=False, box=None)
+    table.add_row("lowcontext", __version__)
+    table.add_row("python", sys.version.split()[0])
+    for package in ("torch", "transformers", "triton", "flash-attn"):
+        table.add_row(package, parse.installed_version(package))
+    isa = native.cpu_isa() if native.status() is None else "unknown: no native backend"
+    table.add_row("cpu", f"{torch.get_num_threads()} threads, kernels for {isa}")
+    names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    table.add_row("gpu", ", ".join(names) or "none")
+    console.print(table)
+    backends = Table("backend", "usable", "why not")
+    for name, reason in _dispatch.table():
+        backends.add_row(name, "no" if reason else "yes", reason or "")
+    console.print(backends)
+
+
+@app.command()
+def methods() -> None:
+    """Lists the methods with their hyper-parameters and defaults.
+
+    Example: `lowcontext methods`
+    """
+    from dataclasses import fields
+
+    from lowcontext.methods import available_methods, method_class
+
+    table = Table("method", "what it does", "hyper-parameters", show_lines=True)
+    for name in available_methods():
+        cls = method_class(name)
+        summary = (cls.__doc__ or "").split("\n")[0]
+        options = ", ".join(f"{f.name}={f.default}" for f in fields(cls))
+        table.add_row(name, summary, options)
+    console.print(table)
+
+
+@app.command()
+def checkpoint(
+    folder: Annotated[Path, typer.Argument(help="Where to write it.")],
+    seed: Annotated[int, typer.Option(help="Seed of its random codes.")] = 0,
+) -> None:
+    """Writes the retrieval checkpoint: a small LLaMA that finds needles at any length to 128K.
+
+    It is built, not trained: a yardstick for machines without real weights. See
+    docs/retrieval-checkpoint.md for what it does not show.
+
+    Example: `lowcontext checkpoint demo/retrieval`
+    """
+    from lowcontext.eval import write_retrieval_checkpoint
+
+    with _errors():
+        console.print(f"wrote {write_retrieval_checkpoint(folder, seed=seed)}")
+
+
+@app.command()
+def generate(
+    model: ModelArg,
+    prompt: Annotated[str | None, typer.Option(help="The prompt.")] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="A UTF-8 file with it.")] = None,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="NAME or NAME:key=value,key=value.")
+    ] = "dense",
+    prefill: Annotated[str | None, typer.Option(help="Method of the prompt only.")] = None,
+    decode: Annotated[str | None, typer.Option(help="Method of the new tokens only.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chat: Annotated[bool, typer.Option(help="Apply the tokenizer's chat template.")] = False,
+    chunk: ChunkOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+) -> None:
+    """Generates from a prompt, greedily, with a patched model; prints density and times.
+
+    Examples:
+
+    `lowcontext generate ./my-llama --prompt-file book.txt -m block_topk:budget=4096`
+
+    `lowcontext generate ./my-llama --prompt-file book.txt --decode quest:budget=1024`
+    """
+    from lowcontext.methods import combine
+
+    with _errors():
+        text = parse.prompt_text(prompt, prompt_file)
+        if prefill or decode:
+            if method != "dense":
+                raise ValueError("--method: expected alone, or --prefill and --decode without it")
+            chosen = combine(
+                prefill=parse.method(prefill) if prefill else None,
+                decode=parse.method(decode) if decode else None,
+            )
+        else:
+            chosen = parse.method(method)
+        lm, tokenizer = parse.load_model(model, dtype, device)
+        result = parse.generate(lm, tokenizer, text, chosen, max_new_tokens, chat, chunk)
+    console.print(result.text, markup=False, highlight=False)
+    console.print(f"\n{result.summary}", style="dim", markup=False, highlight=False)
+
+
+@app.command()
+def needle(
+    model: ModelArg,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names, each with its defaults.")
+    ] = "",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "1k,4k,16k",
+    depths: Annotated[int, typer.Option(help="Depths from 0 to 100%.", min=1)] = 5,
+    samples: Annotated[int, typer.Option(help="Prompts per length and depth.", min=1)] = 1,
+    task: Annotated[str, typer.Option(help="single or multikey.")] = "single",
+    haystack: Annotated[str, typer.Option(help="words, noise or a text file.")] = "words",
+    seed: Annotated[int, typer.Option()] = 0,
+    answer_room: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 16,
+    chunk: ChunkOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of needle.jsonl and needle.png.")] = Path(
+        "needle"
+    ),
+) -> None:
+    """Hides a sentence at several depths and lengths and asks for it, method by method.
+
+    Prints accuracy by length and by depth with density, TTFT and TPOT; appends one JSONL row per
+    prompt (a second run with the same --out continues where the first stopped) and draws a heatmap.
+
+    Examples:
+
+    `lowcontext needle ./my-llama --methods dense,block_topk --lengths 4k,32k --samples 5`
+
+    `lowcontext needle demo/retrieval -m dense -m quest:budget=512,dense_layers=0`
+    """
+    from lowcontext import eval as evaluation
+
+    with _errors():
+        chosen = [parse.method(s) for s in [*filter(None, methods.split(",")), *(method or [])]]
+        if not chosen:
+            chosen = [parse.method("dense")]
+        grid = evaluation.NeedleGrid(
+            lengths=parse.lengths(lengths),
+            depths=parse.depth_grid(depths),
+            samples=samples,
+            task=task,
+            haystack=haystack,
+            seed=seed,
+            answer_room=answer_room,
+            chunk=chunk,
+        )
+        lm, tokenizer = parse.load_model(model, dtype, device)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        rows: list[Any] = []
+        with Progress(*columns, *times, console=console) as bars:
+            for one in chosen:
+                bar = bars.add_task(str(one), total=len(grid.cells()))
+                for row in parse.needle_rows(lm, tokenizer, grid, one, out / "needle.jsonl"):
+                    rows.append(row)
+                    bars.advance(bar)
+        for table in parse.needle_tables(rows):
+            console.print(table)
+        picture = evaluation.plot_needle(rows, out / "needle.png")
+    console.print(f"wrote {out / 'needle.jsonl'} and {picture}")
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def bench(context: typer.Context) -> None:
+    """Runs the kernel benchmarks of a source checkout; arguments go to `python -m bench.run`.
+
+    Example: `lowcontext bench --suite cpu-decode`
+    """
+    import subprocess
+
+    root = Path(__file__).parent.parent
+    if not (root / "bench" / "run.py").exists():
+        with _errors():
+            raise RuntimeError("bench: expected a source checkout; clone the repository to run it")
+    command = [sys.executable, "-m", "bench.run", *(context.args or ["--help"])]
+    raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
+
+
+if __name__ == "__main__":
+    app()
