@@ -1,0 +1,234 @@
+// Attention with lanes over head_dim, for items of few rows (decode): each key and value row is
+// read once, straight from the cache, for all rows of the item.
+//
+//     s[row, key] = q[row, :] . k[key, :]        dot products of kWidth (row, key) pairs at a time
+//     o[row, :]   = o[row, :] 2^(m - m') + sum_key 2^(s[row, key] - m') v[key, :]
+//
+// Keys go in steps of kDecodeStep. Scattered rows defeat the hardware prefetcher, so the score loop
+// prefetches the step's values, and the value loop the next step's keys.
+#pragma once
+
+#include <cstdint>
+
+#include "keys.h"
+#include "plan.h"
+#include "rows.h"
+#include "vec.h"
+
+namespace lowcontext {
+namespace {
+
+constexpr int64_t kDecodeLanes = kWidth < 8 ? kWidth : 8;
+constexpr int64_t kDecodeStep = 64;
+constexpr int kAccumulators = kWidth == 16 ? 16 : 8;  // of 32 or 16 registers
+
+LC_INLINE int64_t padded(int64_t head_dim) { return (head_dim + kWidth - 1) / kWidth * kWidth; }
+
+struct DecodeScratch {
+  float *q, *o;        // [kDecodeLanes, padded D]
+  float* s;            // [kDecodeStep / keys of a block, kWidth]: kDecodeStep x rows floats
+  int32_t* positions;  // [2, kDecodeStep]
+
+  static size_t floats(const Problem& p) {
+    return static_cast<size_t>(kDecodeLanes * (2 * padded(p.head_dim) + kDecodeStep) +
+                               2 * kDecodeStep);
+  }
+  DecodeScratch(const Problem& p, float* base) {
+    q = base;
+    o = q + kDecodeLanes * padded(p.head_dim);
+    s = o + kDecodeLanes * padded(p.head_dim);
+    positions = reinterpret_cast<int32_t*>(s + kDecodeLanes * kDecodeStep);
+  }
+};
+
+template <typename T>
+LC_INLINE void prefetch_row(const T* row, int64_t head_dim) {
+  const char* begin = reinterpret_cast<const char*>(row);
+  for (int64_t i = 0; i < head_dim * static_cast<int64_t>(sizeof(T)); i += 64) prefetch(begin + i);
+}
+
+// s[block, row * K + key] for K = kWidth / R keys of each block.
+template <typename T, int R>
+void score_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride,
+                const int32_t* positions, int64_t keys, const float* q, int64_t head_dim,
+                float* s) {
+  constexpr int K = kWidth / R;
+  const int64_t whole = head_dim / kWidth * kWidth;
+  for (int64_t first = 0; first < keys; first += K) {
+    const T* rows[K];
+    for (int i = 0; i < K; ++i) {
+      const int64_t position = positions[min64(first + i, keys - 1)];
+      rows[i] = k + position * k_stride;
+      prefetch_row(v + position * v_stride, head_dim);
+    }
+    Vec acc[kWidth];
+    for (int i = 0; i < kWidth; ++i) acc[i] = set1(0.0f);
+    for (int64_t d = 0; d < whole; d += kWidth) {
+      Vec key[K];
+      for (int i = 0; i < K; ++i) key[i] = load(rows[i] + d);
+      for (int r = 0; r < R; ++r) {
+        const Vec query = load(q + r * padded(head_dim) + d);
+        for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
+      }
+    }
+    if (whole < head_dim) {
+      Vec key[K];
+      for (int i = 0; i < K; ++i) key[i] = load_first(rows[i] + whole, head_dim - whole);
+      for (int r = 0; r < R; ++r) {
+        const Vec query = load(q + r * padded(head_dim) + whole);
+        for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
+      }
+    }
+    store(s + first / K * kWidth, sum_each(acc));
+  }
+}
+
+// o[R, C vectors at d] = o * alpha[row] + sum_key s[row, key] v[key, d]; width < kWidth only where
+// C is 1.
+template <typename T, int R, int C>
+void accumulate_values(const T* v, int64_t v_stride, const int32_t* positions, int64_t keys,
+                       const float* s, const float* alpha, int64_t stride, int64_t width,
+                       float* o) {
+  constexpr int K = kWidth / R;
+  Vec acc[R][C];
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) acc[r][c] = load(o + r * stride + c * kWidth) * set1(alpha[r * K]);
+  }
+  for (int64_t key = 0; key < keys; ++key) {
+    const T* row = v + positions[key] * v_stride;
+    const float* weights = s + key / K * kWidth + key % K;
+    Vec value[C];
+    for (int c = 0; c < C; ++c) value[c] = C > 1 ? load(row + c * kWidth) : load_first(row, width);
+    for (int r = 0; r < R; ++r) {
+      const Vec weight = set1(weights[r * K]);
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) store(o + r * stride + c * kWidth, acc[r][c]);
+  }
+}
+
+template <typename T, int R>
+void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float* base,
+                     float* partial) {
+  constexpr int K = kWidth / R;
+  constexpr int C = kAccumulators / R < 8 ? kAccumulators / R : 8;
+  const DecodeScratch scratch(p, base);
+  const int64_t head_dim = p.head_dim, stride = padded(head_dim);
+  const int64_t lanes = item.rows * plan.group;
+  const T* k = head_base<T>(p.k, item.batch, kv_head(p, plan, item));
+  const T* v = head_base<T>(p.v, item.batch, kv_head(p, plan, item));
+  const Vec query_factor = set1(query_scale(p));
+  for (int64_t r = 0; r < R; ++r) {
+    const T* row = r < lanes ? query_row<T>(p, plan, item, r) : nullptr;
+    for (int64_t d = 0; d < head_dim; d += kWidth) {
+      store(scratch.q + r * stride + d,
+            row == nullptr ? set1(0.0f) : load_first(row + d, head_dim - d) * query_factor);
+      store(scratch.o + r * stride + d, set1(0.0f));
+    }
+  }
+  // Lane r * K + i of these belongs to row r; the K partial sums of a row are added at the end.
+  Vec maximum = set1(-kInfinity), sum = set1(0.0f);
+  const int64_t row0 = p.kv_len - p.q_len + item.row;
+
+  KeyWalker walker(p, plan, item);
+  int32_t* now = scratch.positions;
+  int32_t* then = now + kDecodeStep;
+  int64_t keys = walker.next(now, kDecodeStep);
+  float* s = scratch.s;
+  while (keys > 0) {
+    score_keys<T, R>(k, p.k.stride_l, v, p.v.stride_l, now, keys, scratch.q, head_dim, s);
+    const int64_t blocks = (keys + K - 1) / K;
+    if (p.softcap > 0.0f) {
+      const Vec cap = set1(p.softcap * kLog2E);
+      for (int64_t i = 0; i < blocks; ++i) store(s + i * kWidth, tanh(load(s + i * kWidth)) * cap);
+    }
+    for (int64_t i = keys; i < blocks * K; ++i) {
+      for (int r = 0; r < R; ++r) s[i / K * kWidth + r * K + i % K] = -kInfinity;
+    }
+    if (item.rows > 1) {
+      for (int64_t i = 0; i < keys; ++i) {
+        for (int64_t r = 0; r < lanes; ++r) {
+          const int64_t behind = row0 + r / plan.group - now[i];
+          if (behind < 0 || (p.window > 0 && behind >= p.window))
+            s[i / K * kWidth + r * K + i % K] = -kInfinity;
+        }
+      }
+    }
+    Vec top = maximum;
+    for (int64_t i = 0; i < blocks; ++i) top = max(top, load(s + i * kWidth));
+    if (K > 1) {
+      float lane[kWidth];
+      store(lane, top);
+      for (int r = 0; r < R; ++r) {
+        float row_top = lane[r * K];
+        for (int i = 1; i < K; ++i) row_top = lane[r * K + i] > row_top ? lane[r * K + i] : row_top;
+        for (int i = 0; i < K; ++i) lane[r * K + i] = row_top;
+      }
+      top = load(lane);
+    }
+    const Vec zero_base = select_lt(top, set1(-3.0e38f), set1(0.0f), top);
+    float alpha[kWidth];
+    store(alpha, exp2(maximum - zero_base));
+    sum = sum * load(alpha);
+    for (int64_t i = 0; i < blocks; ++i) {
+      const Vec x = exp2(load(s + i * kWidth) - zero_base);
+      store(s + i * kWidth, x);
+      sum = sum + x;
+    }
+    maximum = top;
+
+    const int64_t keys_then = walker.next(then, kDecodeStep);
+    for (int64_t i = 0; i < keys_then; ++i) prefetch_row(k + then[i] * p.k.stride_l, head_dim);
+    int64_t d = 0;
+    for (; d + C * kWidth <= head_dim; d += C * kWidth) {
+      accumulate_values<T, R, C>(v + d, p.v.stride_l, now, keys, s, alpha, stride, kWidth,
+                                 scratch.o + d);
+    }
+    for (; d < head_dim; d += kWidth) {
+      accumulate_values<T, R, 1>(v + d, p.v.stride_l, now, keys, s, alpha, stride, head_dim - d,
+                                 scratch.o + d);
+    }
+    int32_t* swap = now;
+    now = then;
+    then = swap;
+    keys = keys_then;
+  }
+
+  float maxima[kWidth], sums[kWidth];
+  store(maxima, maximum);
+  store(sums, sum);
+  const int64_t capacity = plan.max_lanes();
+  for (int64_t r = 0; r < lanes; ++r) {
+    float total = sums[r * K];
+    for (int i = 1; i < K; ++i) total += sums[r * K + i];
+    const float* o = scratch.o + r * stride;
+    if (partial != nullptr) {
+      for (int64_t d = 0; d < head_dim; d += kWidth) {
+        store_first(partial + r * head_dim + d, load(o + d), head_dim - d);
+      }
+      partial[capacity * head_dim + r] = maxima[r * K];
+      partial[capacity * (head_dim + 1) + r] = total;
+    } else {
+      const Vec scale = set1(total == 0.0f ? 0.0f : 1.0f / total);
+      T* out = output_row<T>(p, plan, item, r);
+      for (int64_t d = 0; d < head_dim; d += kWidth)
+        store_first(out + d, load(o + d) * scale, head_dim - d);
+      *lse_of_lane(p, plan, item, r) = log_sum(maxima[r * K], total);
+    }
+  }
+}
+
+template <typename T>
+void run_decode(const Problem& p, const Plan& plan, const Item& item, float* scratch,
+                float* partial) {
+  const int64_t lanes = plan.max_lanes();
+  if (lanes <= 1) return run_decode_rows<T, 1>(p, plan, item, scratch, partial);
+  if (lanes <= 2) return run_decode_rows<T, 2>(p, plan, item, scratch, partial);
+  if (lanes <= 4) return run_decode_rows<T, 4>(p, plan, item, scratch, partial);
+  if constexpr (kDecodeLanes >= 8) return run_decode_rows<T, 8>(p, plan, item, scratch, partial);
+}
+
+}  // namespace
+}  // namespace lowcontext

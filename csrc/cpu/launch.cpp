@@ -1,0 +1,93 @@
+#include "launch.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "../ops.h"
+
+namespace lowcontext {
+namespace {
+
+// Memory that a thread keeps between calls, aligned to a page.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  float* get(size_t floats) {
+    if (floats > size_) {
+      constexpr size_t kPage = 4096;
+      const size_t bytes = (floats * sizeof(float) + kPage - 1) / kPage * kPage;
+      std::free(data_);
+      size_ = 0;
+      data_ = static_cast<float*>(std::aligned_alloc(kPage, bytes));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = floats;
+    }
+    return data_;
+  }
+
+ private:
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+Scratch& thread_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+// Partial results of split items, kept by the calling thread.
+Scratch& call_scratch() {
+  thread_local Scratch scratch;
+  return scratch;
+}
+
+}  // namespace
+
+void launch(const Problem& p) {
+  const KernelTable& kernels = active_kernels();
+  if (p.batch * p.q_heads * p.q_len == 0) return;
+  const Plan plan = make_plan(p, kernels.shape);
+  const size_t scratch_floats = kernels.scratch_floats(p, plan);
+  const int64_t partial_floats = plan.partial_floats(p.head_dim);
+  float* partials = nullptr;
+  int32_t* finished = nullptr;  // splits of an item that are done
+  if (plan.splits > 1) {
+    const int64_t groups = plan.items / plan.splits;
+    partials = call_scratch().get(static_cast<size_t>(plan.items * partial_floats + groups));
+    finished = reinterpret_cast<int32_t*>(partials + plan.items * partial_floats);
+    std::fill(finished, finished + groups, 0);
+  }
+
+  std::atomic<int64_t> next{0};
+  const auto work = [&](int64_t, int64_t) {
+    float* scratch = thread_scratch().get(scratch_floats);
+    for (;;) {
+      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
+      if (i >= plan.items) return;
+      const Item item = get_item(p, plan, i);
+      if (plan.splits == 1) {
+        kernels.run(p, plan, item, scratch, nullptr);
+        continue;
+      }
+      kernels.run(p, plan, item, scratch, partials + i * partial_floats);
+      int32_t* count = finished + item.first_item / plan.splits;
+      if (__atomic_add_fetch(count, 1, __ATOMIC_ACQ_REL) == plan.splits) {
+        kernels.combine(p, plan, item, scratch, partials + item.first_item * partial_floats);
+      }
+    }
+  };
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), plan.items);
+  if (threads <= 1) {
+    work(0, 1);
+  } else {
+    torch::stable::parallel_for(0, threads, 1, work);
+  }
+}
+
+}  // namespace lowcontext

@@ -1,0 +1,63 @@
+// How a problem is cut into work items, and the table of kernels that one instruction set offers.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../common/problem.h"
+
+namespace lowcontext {
+
+// A work item is a chunk of the rows of one query block for one group of query heads that read the
+// same keys, and one split of its keys. Nothing here depends on the number of threads, so neither
+// does the result.
+struct Plan {
+  bool decode = false;  // few rows: lanes over head_dim; otherwise lanes over rows
+  int64_t heads =
+      0;  // groups of query heads: kv_heads where the group shares its keys, else q_heads
+  int64_t group = 1;    // query heads in one group
+  int64_t block_q = 1;  // rows [n * block_q - shift, (n + 1) * block_q - shift) form block n
+  int64_t shift = 0;
+  int64_t blocks = 0;
+  int64_t chunk_rows = 1;  // rows of an item
+  int64_t chunks = 1;      // items per block
+  int64_t splits = 1;
+  int64_t split_keys = 0;  // listed keys per split
+  int64_t items = 0;
+
+  int64_t max_lanes() const { return chunk_rows * group; }
+  // Partial results of one split of an item: output [lanes, D], then maximum [lanes] and sum
+  // [lanes].
+  int64_t partial_floats(int64_t head_dim) const { return max_lanes() * (head_dim + 2); }
+};
+
+// An item, unfolded. Lane i is row row + i / group of query head head * group + i % group.
+struct Item {
+  int64_t batch, head, block, row, rows, split, first_item;
+};
+
+// Limits that depend on the kernel's vector width.
+struct KernelShape {
+  int64_t decode_lanes;  // at most this many lanes go to the decode kernel
+  int64_t panel_lanes;   // lanes of a panel
+};
+
+struct KernelTable {
+  const char* name;
+  KernelShape shape;
+  size_t (*scratch_floats)(const Problem&, const Plan&);
+  // Computes an item: into the output when the plan has one split, else into partial.
+  void (*run)(const Problem&, const Plan&, const Item&, float* scratch, float* partial);
+  // Merges the partial results of all splits of an item into the output.
+  void (*combine)(const Problem&, const Plan&, const Item&, float* scratch, const float* partials);
+};
+
+Plan make_plan(const Problem& problem, const KernelShape& shape);
+Item get_item(const Problem& problem, const Plan& plan, int64_t i);
+
+// Null where this build or this machine lacks the instruction set.
+const KernelTable* kernels_avx512();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_portable();
+
+}  // namespace lowcontext

@@ -1,0 +1,16 @@
+// The schema of every native op, and nothing else. Implementations register themselves per device.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(lowcontext, m) {
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor kv_num_blocks, Tensor kv_starts, "
+      "Tensor? kv_num_columns, Tensor? kv_columns, int block_q, int block_k, float scale, float "
+      "softcap, "
+      "Tensor? kv_start) -> (Tensor, Tensor)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, float scale, float softcap, int window, Tensor? "
+      "kv_start) "
+      "-> (Tensor, Tensor)");
+  m.def("cpu_isa() -> str");
+  m.def("_set_cpu_isa(str isa) -> ()");
+}
