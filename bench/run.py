@@ -81,7 +81,7 @@ def run_case(
     for name, t in times.items():
         if name != "read":
             rows.append(_row(case, name, t, times, density, error, rate))
-            console.print(_line(rows[-1]))
+            console.print(_line(rows[-1]), soft_wrap=True, highlight=False)
     return rows
 
 
@@ -186,7 +186,7 @@ def _row(
         "candidate": name,
         "shape": {k: v for k, v in asdict(case).items() if k not in ("name", "dtype")},
         "dtype": case.dtype,
-        "density": density,
+        "density": share,
         "p20_ms": t.p20,
         "p50_ms": t.p50,
         "p80_ms": t.p80,
