@@ -1,0 +1,255 @@
+"""From arguments to kernel launches: which kernel, which tiles, how many splits.
+
+A plan is a list of `Launch`; it is made from shapes alone, so that the same plan can be compiled
+ahead of time on a machine without a GPU (`resources.py`).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from lowcontext.index import BlockIndex
+from lowcontext.ops.triton import attend
+
+LOG2E = math.log2(math.e)
+
+# Query blocks shorter than this run in the decode kernel, which fills its rows with query heads.
+_MIN_PREFILL_BLOCK = 16
+# The most query rows (queries times heads) of a decode program.
+_MAX_DECODE_ROWS = 64
+# A dense call of at most this many queries, or a sparse one inside one query block, is a decode.
+_MAX_DECODE_QUERIES = 32
+# A split reads at least this many keys: below it the combine costs more than the split gains.
+_MIN_SPLIT_KEYS = 256
+_MAX_SPLITS = 128
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a plan needs to know of a device.
+
+    Args:
+        capability: compute capability, 10 * major + minor.
+        processors: streaming multiprocessors.
+    """
+
+    capability: int
+    processors: int
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tile sizes of one kernel launch."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel with its grid and all its arguments by name."""
+
+    kernel: Any
+    grid: tuple[int, int]
+    args: dict[str, Any]
+    num_warps: int
+    num_stages: int
+
+    def __call__(self) -> None:
+        """Runs the kernel on the current stream."""
+        self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of `attention` (index None) or `sparse_attention`, already validated."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    index: BlockIndex | None
+    scale: float
+    softcap: float
+    window: int
+    kv_start: Tensor | None
+
+
+def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles:
+    """Tile sizes of the prefill kernel.
+
+    Chosen from the compiler's report alone (`python -m bench.kernels_report`): the widest tiles
+    without spills whose shared memory fits. Not timed yet.
+    """
+    rows = max(16, min(128, triton.next_power_of_2(block_q)))
+    small = capability in (86, 87, 89, 120, 121)  # 99 KB of shared memory instead of 163 or 227
+    if itemsize == 4:  # no tensor cores: IEEE products in registers
+        return Tiles(min(rows, 32), 32, 4, 2) if D <= 128 else Tiles(16, 32, 4, 1)
+    if D <= 64:
+        return Tiles(rows, 64, 8 if rows == 128 else 4, 3)
+    if D <= 128:
+        return Tiles(rows, 64, 8 if rows == 128 else 4, 2 if small else 3)
+    return Tiles(min(rows, 64), 32 if small else 64, 8 if rows >= 64 else 4, 2)
+
+
+def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
+    """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
+    rows = max(16, triton.next_power_of_2(rows))
+    if itemsize == 4:
+        return Tiles(rows, 32, 4, 2) if D <= 128 else Tiles(rows, 16, 4, 2)
+    return Tiles(rows, 64, 4, 3) if D <= 128 else Tiles(rows, 32, 4, 3)
+
+
+def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches that compute the problem, and the (out, lse) that they fill."""
+    q, index = problem.q, problem.index
+    B, Hq, Lq, D = q.shape
+    # Memory order [B, L, H, D]: the projection after attention then needs no copy.
+    out = torch.empty((B, Lq, Hq, D), dtype=q.dtype, device=q.device).transpose(1, 2)
+    lse = torch.empty((B, Hq, Lq), dtype=torch.float32, device=q.device)
+    if 0 in (B, Hq, Lq, D):
+        return [], out, lse
+    Lk = problem.k.shape[2]
+    if index is None:
+        block_q, lead, Nq = Lq, 0, 1
+    else:
+        first, Nq = BlockIndex.query_blocks(Lq, Lk, index.block_q)
+        block_q, lead = index.block_q, Lk - Lq - first * index.block_q
+        if Nq == 1:
+            block_q, lead = Lq, 0
+    short = Lq <= _MAX_DECODE_QUERIES and Nq == 1
+    if short or (index is not None and index.block_q < _MIN_PREFILL_BLOCK):
+        return _decode(problem, target, out, lse, block_q, lead, Nq), out, lse
+    return [_prefill(problem, target, out, lse, block_q, lead, Nq)], out, lse
+
+
+def _prefill(
+    problem: Problem, target: Target, out: Tensor, lse: Tensor, block_q: int, lead: int, Nq: int
+) -> Launch:
+    q = problem.q
+    B, Hq, Lq, D = q.shape
+    tiles = prefill_tiles(D, q.element_size(), block_q, target.capability)
+    if problem.index is None:
+        block_q, Nq = tiles.BLOCK_M, -(-Lq // tiles.BLOCK_M)
+    sub_tiles = -(-block_q // tiles.BLOCK_M)
+    args = _arguments(problem, out, lse, tiles, block_q, lead) | {"sub_tiles": sub_tiles}
+    grid = (Nq * sub_tiles * Hq, B)
+    return Launch(attend.prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages)
+
+
+def _decode(
+    problem: Problem, target: Target, out: Tensor, lse: Tensor, block_q: int, lead: int, Nq: int
+) -> list[Launch]:
+    q, index = problem.q, problem.index
+    B, Hq, Lq, D = q.shape
+    Hkv, Lk = problem.k.shape[1:3]
+    G = Hq // Hkv
+    shared = index is None or index.kv_starts.shape[1] in (1, Hkv)
+    pack = min(G, max(1, _MAX_DECODE_ROWS // block_q)) if shared else 1
+    chunks = -(-G // pack)
+    tiles = decode_tiles(D, q.element_size(), block_q * pack, target.capability)
+    programs = B * Hkv * chunks * Nq
+    if index is None:
+        keys = min(Lk, problem.window + Lq) if problem.window else Lk
+    else:
+        keys = index.kv_starts.shape[3] * index.block_k
+        keys += 0 if index.kv_columns is None else index.kv_columns.shape[3]
+    # Two programs per multiprocessor, from sizes that the host knows: no count is waited for.
+    wanted = 2 * target.processors // programs
+    splits = max(1, min(wanted, keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))
+    args = _arguments(problem, out, lse, tiles, block_q, lead)
+    args |= {"pack": pack, "chunks": chunks, "splits": splits, "SPLIT": splits > 1}
+    launch = Launch(
+        attend.decode_kernel, (programs // B * splits, B), args, tiles.num_warps, tiles.num_stages
+    )
+    if splits == 1:
+        return [launch]
+    partial = torch.empty((B, Hq, Lq, splits, D), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((B, Hq, Lq, splits), dtype=torch.float32, device=q.device)
+    args |= {"out_ptr": partial, "lse_ptr": partial_lse}
+    combine = {
+        "partial_ptr": partial,
+        "partial_lse_ptr": partial_lse,
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "stride_ob": out.stride(0),
+        "stride_oh": out.stride(1),
+        "stride_ol": out.stride(2),
+        "Hq": Hq,
+        "Lq": Lq,
+        "splits": splits,
+        "D": D,
+        "BLOCK_D": triton.next_power_of_2(D),
+        "BLOCK_S": triton.next_power_of_2(splits),
+        "CHUNK": 16,
+    }
+    return [launch, Launch(attend.combine_kernel, (B * Hq * Lq, 1), combine, 4, 1)]
+
+
+def _arguments(
+    problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, block_q: int, lead: int
+) -> dict[str, Any]:
+    """Arguments that the prefill and the decode kernel share."""
+    q, k, v, index = problem.q, problem.k, problem.v, problem.index
+    Hq, Lq, D = q.shape[1:]
+    Hkv, Lk = k.shape[1:3]
+    window = 0 if problem.window >= Lk else problem.window
+    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "v_ptr": v, "out_ptr": out, "lse_ptr": lse}
+    args["kv_start_ptr"] = problem.kv_start
+    for name, x in (("q", q), ("k", k), ("v", v), ("o", out)):
+        args |= zip(
+            (f"stride_{name}b", f"stride_{name}h", f"stride_{name}l"), x.stride(), strict=False
+        )
+    lists = (None, None, None, None)
+    if index is not None:
+        lists = (index.kv_num_blocks, index.kv_starts, index.kv_num_columns, index.kv_columns)
+    for name, x in zip(("counts", "starts", "column_counts", "columns"), lists, strict=True):
+        args[f"{name}_ptr"] = x
+        strides = _broadcast_strides(x)
+        last = "s" if name == "starts" else "c"
+        axes = ("b", "h", "n", last) if name in ("starts", "columns") else ("b", "h", "n")
+        args |= zip((f"{name}_{axis}" for axis in axes), strides, strict=False)
+    S = 0 if index is None else index.kv_starts.shape[3]
+    C = 0 if index is None or index.kv_columns is None else index.kv_columns.shape[3]
+    block_k = tiles.BLOCK_N if index is None else index.block_k
+    heads = 1 if index is None else index.kv_starts.shape[1]
+    factor = problem.scale * LOG2E
+    return args | {
+        "Hq": Hq,
+        "group": Hq // Hkv,
+        "index_group": Hq // heads,
+        "Lq": Lq,
+        "Lk": Lk,
+        "lead": lead,
+        "block_q": block_q,
+        "window": window,
+        "S": S,
+        "C": C,
+        "logit_scale": 2 * factor / problem.softcap if problem.softcap else factor,
+        "cap": problem.softcap * LOG2E,
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_K": block_k,
+        "BLOCK_M": tiles.BLOCK_M,
+        "BLOCK_N": tiles.BLOCK_N,
+        "DENSE": index is None,
+        "GATHER": block_k % tiles.BLOCK_N != 0,
+        "COLUMNS": C > 0,
+        "KV_START": problem.kv_start is not None,
+        "WINDOW": window > 0,
+        "SOFTCAP": problem.softcap > 0,
+    }
+
+
+def _broadcast_strides(x: Tensor | None) -> tuple[int, ...]:
+    """Strides of an index tensor, 0 for the batch where it has one row for all."""
+    if x is None:
+        return (0, 0, 0, 0)
+    return (0 if x.shape[0] == 1 else x.stride(0), *x.stride()[1:])
