@@ -1,0 +1,395 @@
+"""What transformers calls: the attention function, the mask function and the cache hook."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from lowcontext.integrations._dense import dense_attention, masked_attention
+from lowcontext.integrations._families import ATTRIBUTE, LayerSettings
+from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer
+from lowcontext.methods import LayerContext
+from lowcontext.methods.base import MAX_DECODE_QUERIES
+from lowcontext.ops import sparse_attention
+
+NAME = "lowcontext"
+_LAYER_ARGUMENT = "lowcontext_layer"
+_UNSUPPORTED = {
+    "s_aux": "learned attention sinks",
+    "position_bias": "a position bias",
+    "cu_seq_lens_q": "packed sequences",
+    "cache": "continuous batching",
+}
+
+
+@dataclass(frozen=True)
+class Padding:
+    """The valid keys of each row of a padded batch: row b has keys [start, end) of `spans[b]`."""
+
+    spans: tuple[tuple[int, int], ...]
+
+
+def mask_function(
+    *,
+    kv_length: int,
+    kv_offset: int = 0,
+    attention_mask: Tensor | None = None,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    allow_is_causal_skip: bool = True,
+    **kwargs: Any,
+) -> Padding | Tensor | None:
+    """The mask that transformers passes on to `attention_function`, once per forward and kind.
+
+    Returns:
+        None without padding; a `Padding` with it; under torch.compile, where its contents cannot
+        be read, the bool [B, kv_length] padding mask; for bidirectional attention the mask that
+        transformers' sdpa uses.
+
+    Raises:
+        NotImplementedError: the mask is not causal with padding at the ends.
+    """
+    if "allow_is_bidirectional_skip" in kwargs:
+        return sdpa_mask(
+            kv_length=kv_length,
+            kv_offset=kv_offset,
+            attention_mask=attention_mask,
+            mask_function=mask_function,
+            allow_is_causal_skip=allow_is_causal_skip,
+            **kwargs,
+        )
+    if not allow_is_causal_skip and not _plain(mask_function, kv_length, attention_mask, kwargs):
+        raise NotImplementedError(
+            "attention_mask: expected causal attention with padding at the ends, got packed "
+            "sequences (position_ids that restart), an overlay of the model (image blocks) or a "
+            "static cache; pad instead of packing, leave cache_implementation at 'dynamic', or "
+            "unpatch_model(model)"
+        )
+    if attention_mask is None:
+        return None
+    mask = attention_mask[:, kv_offset : kv_offset + kv_length]
+    if mask.shape[1] != kv_length:
+        raise ValueError(
+            f"attention_mask: expected {kv_offset + kv_length} columns, one for each cached and "
+            f"new token, got {attention_mask.shape[1]}"
+        )
+    if torch.compiler.is_compiling():
+        return mask
+    if bool(mask.all()):
+        return None
+    return _read_padding(mask)
+
+
+def attention_function(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Padding | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of one patched module, in the form of transformers' AttentionInterface.
+
+    Args:
+        module: the attention module; carries its `LayerSettings`.
+        query: [B, Hq, Lq, D]; key: [B, Hkv, Lk, D]; value: [B, Hkv, Lk, Dv]; keys and values are
+            those of the cache, new tokens included.
+        attention_mask: what `mask_function` returned.
+        dropout: probability of dropping an attention weight.
+        scaling: factor of the logits.
+        kwargs: what the family passes on; its `sliding_window` is ignored for the configuration's.
+
+    Returns:
+        [B, Lq, Hq, Dv], contiguous, and None for the attention weights.
+
+    Raises:
+        NotImplementedError: something that the ops cannot honour; the message says what to do.
+    """
+    settings: LayerSettings | None = module.__dict__.get(ATTRIBUTE)
+    if settings is None:
+        return _unsettled(module, query, key, value, attention_mask, dropout, scaling, kwargs)
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: expected None, got {_UNSUPPORTED[name]}, which the ops cannot honour; "
+                "unpatch_model(model) for this use"
+            )
+    if kwargs.get("output_attentions"):
+        refuse_output_attentions()
+    call = _Call(
+        settings, dropout, scaling, kwargs.get("softcap"), kwargs.get(_LAYER_ARGUMENT), module
+    )
+    if attention_mask is None:
+        out = call.run(query, key, value, None)
+    elif isinstance(attention_mask, Padding):
+        out = _padded(call, query, key, value, attention_mask)
+    else:
+        out = _compiled_padding(call, query, key, value, attention_mask)
+    return out.contiguous(), None
+
+
+def cache_hook(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Forward pre-hook: gives the cache a `SparseCacheLayer` and hands it to the function."""
+    settings: LayerSettings = module.__dict__[ATTRIBUTE]
+    cache = kwargs.get(settings.cache_name)
+    if cache is None:
+        if len(args) <= settings.cache_position:
+            return None
+        cache = args[settings.cache_position]
+        if cache is None:
+            return None
+    layers = cache.layers
+    index = settings.layer_idx
+    layer = layers[index] if index < len(layers) else None
+    if type(layer) is not SparseCacheLayer:
+        layer = _install(cache, index)
+        if layer is None:
+            return None
+    kwargs[_LAYER_ARGUMENT] = layer
+    return args, kwargs
+
+
+def model_hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of the model: refuses what never reaches the attention function."""
+    if kwargs.get("output_attentions") or getattr(module.config, "output_attentions", False):
+        refuse_output_attentions()
+
+
+def refuse_output_attentions() -> None:
+    """Raises the error for `output_attentions=True`."""
+    raise NotImplementedError(
+        "output_attentions: expected False, got True; attention weights are never formed. "
+        'unpatch_model(model) and model.set_attn_implementation("eager") to see them'
+    )
+
+
+class _Call:
+    """One call of the attention function: what is common to the rows of its batch."""
+
+    __slots__ = ("dropout", "layer", "module", "scale", "settings", "softcap")
+
+    def __init__(
+        self,
+        settings: LayerSettings,
+        dropout: float,
+        scale: float | None,
+        softcap: float | None,
+        layer: SparseCacheLayer | None,
+        module: nn.Module,
+    ) -> None:
+        self.settings = settings
+        self.dropout = dropout
+        self.scale = scale
+        self.softcap = softcap
+        self.layer = layer
+        self.module = module
+
+    def run(self, q: Tensor, k: Tensor, v: Tensor, row: Row) -> Tensor:
+        """Attention of rows without padding: [B, Lq, Hq, Dv]."""
+        settings = self.settings
+        if settings.dense or q.shape[3] != v.shape[3]:
+            # Keys and values of different sizes (multi-head latent attention) stay dense and exact.
+            out = dense_attention(
+                q,
+                k,
+                v,
+                scale=self.scale,
+                softcap=self.softcap,
+                window=settings.window,
+                dropout=self.dropout,
+            )
+            if settings.density is not None and not settings.window:
+                self._count(None, q, k)
+            return out.transpose(1, 2)
+        self._refuse_training(q, k, v)
+        return self._sparse(q, k, v, self._context(q, row))
+
+    def _sparse(self, q: Tensor, k: Tensor, v: Tensor, context: LayerContext) -> Tensor:
+        Lq, Lk = q.shape[2], k.shape[2]
+        out = None
+        for row0, row1, index in self.settings.method.parts(q, k, context):
+            end = Lk - Lq + row1
+            whole = row0 == 0 and row1 == Lq
+            q_part = q if whole else q[:, :, row0:row1]
+            k_part, v_part = (k, v) if row1 == Lq else (k[:, :, :end], v[:, :, :end])
+            if index is None:
+                part = dense_attention(
+                    q_part, k_part, v_part, scale=self.scale, softcap=self.softcap
+                )
+            else:
+                part = sparse_attention(  # type: ignore[assignment]
+                    q_part, k_part, v_part, index, scale=self.scale, softcap=self.softcap
+                )
+            if self.settings.density is not None:
+                self._count(index, q_part, k_part, decoding=_decoding(Lq, Lk))
+            if whole:
+                return part.transpose(1, 2)
+            if out is None:
+                out = q.new_empty(q.shape[0], Lq, q.shape[1], v.shape[3])
+            out[:, row0:row1] = part.transpose(1, 2)
+        if out is None:
+            raise RuntimeError(f"{self.settings.method}: expected parts for {Lq} queries, got none")
+        return out
+
+    def _context(self, q: Tensor, row: Row) -> LayerContext:
+        settings = self.settings
+        scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
+        if self.layer is None:
+            return LayerContext(settings.layer_idx, settings.num_layers, scale, self.softcap)
+        return self.layer.context(
+            settings.method, row, settings.layer_idx, settings.num_layers, scale, self.softcap
+        )
+
+    def _refuse_training(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if grad or self.module.training:
+            raise NotImplementedError(
+                f"{self.settings.method}: sparse attention is for inference, got "
+                f"{'a model in training mode' if self.module.training else 'inputs with gradients'}"
+                "; call model.eval() and run under torch.no_grad(), or unpatch_model(model) to "
+                "train"
+            )
+
+    def _count(self, index: Any, q: Tensor, k: Tensor, decoding: bool | None = None) -> None:
+        if self.settings.density is None:
+            return
+        Lq, Lk = q.shape[2], k.shape[2]
+        decoding = _decoding(Lq, Lk) if decoding is None else decoding
+        phase = "decode" if decoding else "prefill"
+        self.settings.density.add(phase, index, Lq, Lk, q.shape[0] * q.shape[1])
+
+
+def _decoding(Lq: int, Lk: int) -> bool:
+    return Lq < Lk and Lq <= MAX_DECODE_QUERIES
+
+
+def _padded(call: _Call, q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:
+    """Row by row on the valid span, so that a padded row is computed as the same row alone."""
+    B, Hq, Lq, _ = q.shape
+    first = k.shape[2] - Lq
+    if len(padding.spans) != B:
+        raise ValueError(
+            f"attention_mask: expected {B} rows as in the input, got {len(padding.spans)}"
+        )
+    out = q.new_zeros(B, Lq, Hq, v.shape[3])
+    for b, (start, end) in enumerate(padding.spans):
+        row0, row1 = max(start - first, 0), end - first
+        if row0 < row1:
+            rows = slice(b, b + 1)
+            out[rows, row0:row1] = call.run(
+                q[rows, :, row0:row1], k[rows, :, start:end], v[rows, :, start:end], (b, start)
+            )
+    return out
+
+
+def _compiled_padding(call: _Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    settings = call.settings
+    if mask.dim() != 2:
+        raise NotImplementedError(
+            f"attention_mask: expected [B, L] with 0 for padding, got {list(mask.shape)}; custom "
+            "4-D masks need unpatch_model(model)"
+        )
+    if not settings.dense or call.softcap or call.dropout:
+        raise NotImplementedError(
+            f"{settings.method}: under torch.compile the padding cannot be read; leave out "
+            "attention_mask and give prompts of one length, or do not compile"
+        )
+    return masked_attention(q, k, v, mask, call.scale, settings.window).transpose(1, 2)
+
+
+def _read_padding(mask: Tensor) -> Padding:
+    """Spans of valid keys of bool [B, L], with one read on the host."""
+    L = mask.shape[1]
+    numbers = mask.to(torch.int32)
+    first = numbers.argmax(1)
+    last = L - 1 - numbers.flip(1).argmax(1)
+    spans = []
+    for b, (start, end, valid) in enumerate(
+        torch.stack([first, last, numbers.sum(1)], dim=1).tolist()
+    ):
+        if valid and end + 1 - start != valid:
+            raise NotImplementedError(
+                f"attention_mask: expected the valid tokens of row {b} in one run, got {valid} in "
+                f"[{start}, {end + 1}); pad on the left, and do not generate behind right padding"
+            )
+        spans.append((start, end + 1) if valid else (0, 0))
+    return Padding(tuple(spans))
+
+
+def _plain(
+    mask: Callable[..., Any], length: int, padding: Tensor | None, kwargs: dict[str, Any]
+) -> bool:
+    """Whether a mask that transformers marks as special is causal after all.
+
+    Without a cache, older versions mark every forward as packed: its mask is plain if the last
+    query sees every key, every query the first one, and none the key after it.
+    """
+    if padding is not None or torch.compiler.is_compiling():
+        return False
+    position = kwargs.get("cache_position")
+    if position is None or position.shape[0] != length:
+        return False
+    device = position.device
+    keys = torch.arange(length, device=device)
+    window = kwargs.get("local_size") or length
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    plain = []
+    for row in range(int(kwargs.get("batch_size", 1))):
+        b = zero + row
+        plain.append((mask(b, zero, zero + length - 1, keys[-window:]) != 0).all())
+        plain.append((mask(b, zero, keys[:window], zero) != 0).all())
+        plain.append(~((mask(b, zero, keys[:-1], keys[1:]) != 0).any()))
+    return bool(torch.stack(plain).all())
+
+
+def _install(cache: Any, index: int) -> SparseCacheLayer | None:
+    """Puts a SparseCacheLayer at `index` in the place of a plain dynamic layer, or leaves it."""
+    layers = cache.layers
+    make = getattr(cache, "layer_class_to_replicate", None)
+    if make is DynamicLayer:
+        while len(layers) <= index:
+            layers.append(make())
+    if index >= len(layers):
+        return None
+    layer = layers[index]
+    if isinstance(layer, StaticLayer) or getattr(layer, "is_compileable", False):
+        raise NotImplementedError(
+            f"past_key_values: expected a DynamicCache, got a cache of {type(layer).__name__}, "
+            "whose buffer is longer than the sequence; leave cache_implementation out"
+        )
+    if type(layer) is not DynamicLayer:
+        return None
+    shared = next((x.shared for x in layers if type(x) is SparseCacheLayer), None)
+    layers[index] = SparseCacheLayer.adopt(layer, SharedMemory() if shared is None else shared)
+    return layers[index]
+
+
+def _unsettled(
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    dropout: float,
+    scaling: float | None,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """A module that was not patched: bidirectional ones run as before, the others are an error."""
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        sdpa = AttentionInterface()["sdpa"]
+        return sdpa(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)
+    raise RuntimeError(
+        f"{type(module).__name__}: expected a module patched by lowcontext.patch_model, got one "
+        'whose configuration says attn_implementation="lowcontext"; call patch_model(model), or, '
+        "if the model shares its config object with a patched model, give it a copy of its own"
+    )

@@ -1,0 +1,81 @@
+"""How much of the causal attention a patched model read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from lowcontext.index import BlockIndex
+from lowcontext.integrations._families import ATTRIBUTE, LayerSettings, patched_modules
+
+
+class Density:
+    """Share of the causal (query, key) pairs that full-attention layers read, by phase.
+
+    Each call of a layer counts with its number of causal pairs, times batch and heads: `decode` is
+    the share of the cached keys that decode steps read, `prefill` the share of the lower triangle.
+    Layers that the method leaves dense count with density 1; sliding-window layers do not count.
+    """
+
+    def __init__(self) -> None:
+        self._read = {"prefill": 0.0, "decode": 0.0}
+        self._pairs = {"prefill": 0, "decode": 0}
+
+    @property
+    def prefill(self) -> float:
+        """Density of prompts and of chunks of them, NaN when there were none."""
+        return self._mean("prefill")
+
+    @property
+    def decode(self) -> float:
+        """Density of decode steps, NaN when there were none."""
+        return self._mean("decode")
+
+    def add(self, phase: str, index: BlockIndex | None, Lq: int, Lk: int, heads: int) -> None:
+        """Counts one call; `heads` is batch times query heads. Reads the index on the host."""
+        pairs = (Lq * (Lk - Lq) + Lq * (Lq + 1) // 2) * heads
+        self._pairs[phase] += pairs
+        self._read[phase] += pairs * (1.0 if index is None else index.density(Lq, Lk))
+
+    def _mean(self, phase: str) -> float:
+        return self._read[phase] / self._pairs[phase] if self._pairs[phase] else float("nan")
+
+
+@contextmanager
+def measure_density(model: nn.Module) -> Iterator[Density]:
+    """Measures what a patched model reads inside the `with` block.
+
+    Args:
+        model: a model that `patch_model` has patched.
+
+    Returns:
+        A context manager whose value has `.prefill` and `.decode`: the share of causal
+        (query, key) pairs that full-attention layers read, weighted by pairs, as floats; NaN for a
+        phase without calls. Each sparse call costs a host synchronisation while active, and
+        nothing otherwise.
+
+    Raises:
+        ValueError: the model is not patched.
+
+    Example:
+        >>> with lowcontext.measure_density(model) as density:  # doctest: +SKIP
+        ...     model.generate(ids, max_new_tokens=8)
+        >>> density.decode  # doctest: +SKIP
+        0.125
+    """
+    settings: list[LayerSettings] = [
+        module.__dict__[ATTRIBUTE] for module in patched_modules(model)
+    ]
+    if not settings:
+        raise ValueError("model: expected a model patched by patch_model, got an unpatched one")
+    density = Density()
+    before = [setting.density for setting in settings]
+    for setting in settings:
+        setting.density = density
+    try:
+        yield density
+    finally:
+        for setting, previous in zip(settings, before, strict=True):
+            setting.density = previous

@@ -1,0 +1,176 @@
+"""Which modules of a model are patched, with which window, and which models are refused."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+from transformers import DynamicCache, PreTrainedModel
+
+from lowcontext.methods import Method, method_class
+
+if TYPE_CHECKING:
+    from lowcontext.integrations._density import Density
+
+ATTRIBUTE = "_lowcontext"
+_CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past")
+
+
+@dataclass
+class LayerSettings:
+    """What a patched attention module carries; plain data, so that the model copies and pickles.
+
+    Args:
+        method: decides what this layer reads.
+        layer_idx: index of the layer in the model and in its cache.
+        num_layers: layers of the model.
+        window: sliding window in tokens, 0 for full attention.
+        dense: the method always reads everything, or the layer has a window.
+        cache_name: name of the module's argument that holds the cache.
+        cache_position: position of that argument in the module's forward.
+        previous: attention implementation to restore.
+        density: counts what is read, while someone measures.
+    """
+
+    method: Method
+    layer_idx: int
+    num_layers: int
+    window: int
+    dense: bool
+    cache_name: str
+    cache_position: int
+    previous: str
+    density: Density | None = None
+
+
+def text_model(model: nn.Module) -> PreTrainedModel:
+    """The outermost transformers model that runs the text tower, through PEFT or other wrappers.
+
+    Raises:
+        TypeError: there is no transformers model inside.
+    """
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    if not models:
+        raise TypeError(
+            f"model: expected a transformers PreTrainedModel, got {type(model).__name__}"
+        )
+    config = models[0].config.get_text_config(decoder=True)
+    for candidate in models:
+        if candidate.config is config:
+            return candidate
+    # A text tower that was built from a copy of its configuration.
+    for candidate in models:
+        if type(candidate.config) is type(config):
+            return candidate
+    raise NotImplementedError(
+        f"model: found no text tower with a {type(config).__name__} in {type(models[0]).__name__}; "
+        "pass the language model itself"
+    )
+
+
+def patched_modules(model: nn.Module) -> list[nn.Module]:
+    """The attention modules of `model` that carry settings."""
+    return [module for module in model.modules() if ATTRIBUTE in module.__dict__]
+
+
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The causal self-attention modules of a text tower, in order.
+
+    Raises:
+        NotImplementedError: there is none, or the family has something that the ops cannot honour.
+    """
+    _refuse_config(model.config)
+    found = []
+    for module in model.modules():
+        name = type(module).__name__
+        if not isinstance(getattr(module, "layer_idx", None), int):
+            continue
+        if "attention" not in name.lower() and "MLA" not in name:
+            continue
+        parameters = inspect.signature(type(module).forward).parameters
+        if not any(cache in parameters for cache in _CACHE_NAMES):
+            continue
+        if getattr(module, "is_causal", True) is False:
+            continue
+        _refuse_module(module)
+        found.append(module)
+    if not found:
+        raise NotImplementedError(
+            f"model: found no causal self-attention module in {type(model).__name__}; "
+            "only decoders that use the AttentionInterface of transformers can be patched"
+        )
+    return found
+
+
+def make_settings(module: nn.Module, model: PreTrainedModel, method: Method) -> LayerSettings:
+    """The settings of one attention module of `model`."""
+    config = model.config
+    parameters = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
+    cache_name = next(name for name in _CACHE_NAMES if name in parameters)
+    layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
+    window = layer_windows(config).get(layer_idx, 0)
+    return LayerSettings(
+        method=method,
+        layer_idx=layer_idx,
+        num_layers=int(config.num_hidden_layers),
+        window=window,
+        dense=bool(window) or isinstance(method, method_class("dense")),
+        cache_name=cache_name,
+        cache_position=parameters.index(cache_name),
+        previous=config._attn_implementation,
+    )
+
+
+def layer_windows(config: Any) -> dict[int, int]:
+    """Sliding window of each layer that has one, from the configuration.
+
+    Read from the cache that transformers itself builds for this configuration: some families
+    (PhiMoE) mask with a window but do not tell the attention function.
+    """
+    windows = {}
+    for index, layer in enumerate(DynamicCache(config=config).layers):
+        if getattr(layer, "is_sliding", False):
+            windows[index] = int(layer.sliding_window)  # type: ignore[union-attr]
+    # Layers that read the keys of another layer have no cache layer of their own.
+    for index, kind in enumerate(getattr(config, "layer_types", None) or ()):
+        if "sliding" in kind and getattr(config, "sliding_window", None):
+            windows.setdefault(index, int(config.sliding_window))
+    return windows
+
+
+def _refuse_config(config: Any) -> None:
+    kind = getattr(config, "model_type", type(config).__name__)
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"model: {kind} is an encoder-decoder model; only decoder-only models can be patched"
+        )
+    types = getattr(config, "layer_types", None)
+    chunked = (
+        "chunked_attention" in types if types else getattr(config, "attention_chunk_size", None)
+    )
+    if chunked:
+        raise NotImplementedError(
+            f"model: {kind} has chunked-attention layers, which the ops cannot mask; "
+            "use the model unpatched"
+        )
+    if getattr(config, "index_topk", None) is not None:
+        raise NotImplementedError(
+            f"model: {kind} selects keys with an indexer of its own; use the model unpatched"
+        )
+
+
+def _refuse_module(module: nn.Module) -> None:
+    name = type(module).__name__
+    if "CrossAttention" in name:
+        raise NotImplementedError(
+            f"model: {name} attends to another sequence; models with cross-attention layers "
+            "cannot be patched"
+        )
+    for sinks in ("sinks", "attention_sink_bias"):
+        if getattr(module, sinks, None) is not None:
+            raise NotImplementedError(
+                f"model: {name} has learned attention sinks, which the ops cannot add to the "
+                "softmax; use the model unpatched"
+            )
