@@ -55,7 +55,7 @@ bench: ext
 	$(PY) -m bench.compare bench/results
 
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.gpu --out $(or $(GPU_OUT),bench/results)
 
 clean:
 	rm -rf build $(VENV) $(FLOOR) lowcontext/*.so

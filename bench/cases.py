@@ -23,6 +23,7 @@ class Case:
         density: share of the causal pairs to list ("blocks").
         tokens: keys in a list ("pages", "columns").
         block: (block_q, block_k) of the index.
+        device: "cpu" or "cuda".
     """
 
     name: str
@@ -37,6 +38,7 @@ class Case:
     density: float = 1.0
     tokens: int = 0
     block: tuple[int, int] = (128, 64)
+    device: str = "cpu"
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
         """Random q, k, v, the same for the same shape."""
@@ -44,15 +46,20 @@ class Case:
         dtype = getattr(torch, self.dtype)
         shapes = [(self.Hq, self.Lq), (self.Hkv, self.Lk), (self.Hkv, self.Lk)]
         q, k, v = (torch.randn(self.B, h, n, self.D, generator=gen).to(dtype) for h, n in shapes)
-        return q, k, v
+        return q.to(self.device), k.to(self.device), v.to(self.device)
 
     def index(self, seed: int = 0) -> BlockIndex | None:
         """The index of the pattern; None where dense."""
         if self.pattern == "dense":
             return None
-        if self.pattern == "blocks":
-            return random_blocks(self, seed)
-        return random_lists(self, seed)
+        index = (random_blocks if self.pattern == "blocks" else random_lists)(self, seed)
+        columns = index.kv_num_columns, index.kv_columns
+        return BlockIndex(
+            index.kv_num_blocks.to(self.device),
+            index.kv_starts.to(self.device),
+            index.block_size,
+            *(None if x is None else x.to(self.device) for x in columns),
+        )
 
 
 def random_blocks(case: Case, seed: int) -> BlockIndex:
@@ -131,4 +138,19 @@ def cpu_decode(Lk: int = 131072) -> Iterator[Case]:
                 yield Case(name=f"decode-columns-{size}", pattern="columns", tokens=tokens, **shape)
 
 
-SUITES = {"cpu-prefill": cpu_prefill, "cpu-decode": cpu_decode}
+def gpu() -> Iterator[Case]:
+    """bf16, D = 128, 32/8 heads: prefill at 16K and 64K, decode over lists at 128K."""
+    heads = {"Hq": 32, "Hkv": 8, "dtype": "bfloat16", "device": "cuda"}
+    for Lk in (16384, 65536):
+        for density in (0.05, 0.1, 1.0):
+            name = f"gpu-prefill-{Lk // 1024}k-{density:.0%}"
+            yield Case(name, Lq=Lk, Lk=Lk, pattern="blocks", density=density, **heads)
+    decode = {"Lq": 1, "Lk": 131072, **heads}
+    yield Case("gpu-decode-dense", pattern="dense", **decode)
+    for page in (64, 16):
+        name = f"gpu-decode-pages{page}-2k"
+        yield Case(name, pattern="pages", tokens=2048, block=(1, page), **decode)
+    yield Case("gpu-decode-columns-2k", pattern="columns", tokens=2048, **decode)
+
+
+SUITES = {"cpu-prefill": cpu_prefill, "cpu-decode": cpu_decode, "gpu": gpu}

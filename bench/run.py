@@ -51,7 +51,7 @@ def main(
     where = environment()
     for name in suite:
         path = out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        rate = matmul_rate() if "prefill" in name else None
+        rate = matmul_rate() if name == "cpu-prefill" else None
         with path.open("a") as file:
             for case in SUITES[name]():
                 if only in case.name:
@@ -75,7 +75,7 @@ def run_case(
     if not prefill:
         # As many bytes as the dense case reads, but not the same ones.
         calls["read"] = read_bandwidth(torch.cat([k.flatten(), v.flatten()]).float())
-    times = interleave(calls, rounds=rounds, budget_s=seconds)
+    times = interleave(calls, rounds=rounds, budget_s=seconds, device=case.device)
     density = 1.0 if indices[0] is None else indices[0].density(case.Lq, case.Lk)
     rows = []
     for name, t in times.items():
@@ -89,6 +89,7 @@ def _indices(case: Case, k: Tensor) -> list[BlockIndex | None]:
     first = case.index()
     if first is None or case.Lq > 1:
         return [first]
+    # Decode: see LAST_LEVEL_CACHE.
     listed = case.B * case.Hkv * case.tokens * case.D * 2 * k.element_size()
     return [case.index(seed) for seed in range(2 + LAST_LEVEL_CACHE // listed)]
 
