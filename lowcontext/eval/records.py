@@ -1,0 +1,149 @@
+"""Rows of a needle run, and the JSONL file that holds them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+RowKey = tuple[str, str, str, int, float, int, int]
+
+
+@dataclass(frozen=True)
+class NeedleRow:
+    """One prompt, what the model made of it, and how long that took.
+
+    Attributes:
+        method: The caller's label for the model as it ran.
+        task: ``"single"`` or ``"multikey"``.
+        haystack: Name or path of the haystack.
+        length: Asked length in tokens, answer room included.
+        depth: Depth of the needle in percent.
+        sample: Number of the sample in its cell.
+        seed: Seed the sample was made with.
+        prompt_tokens: Tokens of the prompt.
+        expected: The answer.
+        output: The model's answer.
+        correct: Whether the answer counts.
+        ttft_s: Time to first token, in seconds: the prefill and one choice of token.
+        tpot_s: Mean time per output token after the first, in seconds; None with one token.
+        new_tokens: Tokens generated, an end-of-sequence token included.
+        density: Share of the causal pairs that was computed, if the caller told.
+        stats: Whatever else the caller's ``stats`` returned.
+    """
+
+    method: str
+    task: str
+    haystack: str
+    length: int
+    depth: float
+    sample: int
+    seed: int
+    prompt_tokens: int
+    expected: str
+    output: str
+    correct: bool
+    ttft_s: float
+    tpot_s: float | None
+    new_tokens: int
+    density: float | None
+    stats: dict[str, float]
+
+    @property
+    def key(self) -> RowKey:
+        """What names the row: two rows with one key are one measurement made twice."""
+        return (
+            self.method,
+            self.task,
+            self.haystack,
+            self.length,
+            self.depth,
+            self.sample,
+            self.seed,
+        )
+
+
+def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
+    """Reads the rows of one or several JSONL files.
+
+    Args:
+        paths: A file, or several.
+
+    Returns:
+        The rows in order; an unfinished last line (a run that was killed) is left out.
+
+    Raises:
+        ValueError: If another line is not a row.
+    """
+    many = [paths] if isinstance(paths, str | Path) else list(paths)
+    return [row for path in many for row in _parse(Path(path))[0]]
+
+
+class RowFile:
+    """A JSONL file open for appending, each row flushed as it comes.
+
+    Args:
+        path: The file; made, with its folders, if missing. An unfinished last line is cut off.
+
+    Attributes:
+        rows: The rows it held when it was opened, by key.
+
+    Raises:
+        ValueError: If the file cannot be written, or holds anything but rows.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.rows: dict[RowKey, NeedleRow] = {}
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if self.path.exists():
+                rows, end = _parse(self.path)
+                self.rows = {row.key: row for row in rows}
+                with self.path.open("r+b") as file:
+                    file.truncate(end)
+            self._file: IO[str] = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise ValueError(
+                f"out: expected a writable file, got {str(path)!r} ({error})"
+            ) from error
+
+    def append(self, row: NeedleRow) -> None:
+        """Writes one row and flushes it."""
+        self._file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __enter__(self) -> RowFile:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+
+
+def _parse(path: Path) -> tuple[list[NeedleRow], int]:
+    """Returns the finished rows and the length in bytes of what they take."""
+    data = path.read_bytes()
+    end = data.rfind(b"\n") + 1
+    rows = []
+    for number, line in enumerate(data[:end].splitlines(), start=1):
+        try:
+            rows.append(_row(json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: expected a needle row in line {number} ({error})") from error
+    return rows, end
+
+
+def _row(content: object) -> NeedleRow:
+    names = {field.name for field in fields(NeedleRow)}
+    if not isinstance(content, dict) or set(content) != names:
+        found = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"expected the fields {sorted(names)}, got {found}")
+    return NeedleRow(**content)

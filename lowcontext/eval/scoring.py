@@ -1,0 +1,90 @@
+"""Scores of one answer, and the interval of a rate."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+
+_TRAILING = " \t\r\n.!\"'"
+
+
+def exact_match(output: str, expected: str) -> bool:
+    """Tells whether the output is the expected answer and nothing else.
+
+    Args:
+        output: Decoded answer, without special tokens.
+        expected: The answer.
+
+    Returns:
+        True if both are equal, up to case, white space and closing punctuation.
+
+    Example:
+        >>> exact_match(" 417902133.", "417902133")
+        True
+        >>> exact_match("417902133 or 5", "417902133")
+        False
+    """
+    return _normal(output) == _normal(expected)
+
+
+def contains_all(output: str, expected: Sequence[str]) -> bool:
+    """Tells whether every expected answer stands in the output as a word of its own.
+
+    Args:
+        output: Decoded answer, without special tokens.
+        expected: The answers; at least one.
+
+    Returns:
+        True if all are found, up to case and white space.
+
+    Raises:
+        ValueError: If ``expected`` is empty.
+
+    Example:
+        >>> contains_all("it is 417902133, I think", ["417902133"])
+        True
+        >>> contains_all("4179021335", ["417902133"])
+        False
+    """
+    if not expected:
+        raise ValueError("expected: expected at least one answer, got none")
+    text = _normal(output)
+    return all(re.search(rf"(?<!\w){re.escape(_normal(e))}(?!\w)", text) for e in expected)
+
+
+def wilson_interval(correct: int, total: int, *, z: float = 1.959964) -> tuple[float, float]:
+    """Computes the Wilson score interval of a rate.
+
+    Source: Wilson, Probable Inference, the Law of Succession, and Statistical Inference, 1927.
+
+    Args:
+        correct: Number of successes.
+        total: Number of trials; 0 gives (0, 1).
+        z: Normal quantile; the default is that of a 95% interval.
+
+    Returns:
+        Lower and upper end, both in 0..1.
+
+    Raises:
+        ValueError: If ``correct`` is not in 0..total.
+
+    Example:
+        >>> low, high = wilson_interval(8, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.49, 0.943)
+    """
+    if not 0 <= correct <= total:
+        raise ValueError(f"correct: expected 0..{total}, got {correct}")
+    if total == 0:
+        return 0.0, 1.0
+    rate, share = correct / total, z * z / total
+    middle = (rate + share / 2) / (1 + share)
+    half = z / (1 + share) * math.sqrt(rate * (1 - rate) / total + share / (4 * total))
+    low = middle - half if correct else 0.0
+    high = middle + half if correct < total else 1.0
+    return low, high
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.lower().split()).strip(_TRAILING)
