@@ -9,9 +9,10 @@ TRANSFORMERS_FLOOR ?= transformers==4.57.6
 OUT ?= demo
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
+BUILT := $(VENV)/.built
 FLOOR := $(VENV)-floor
 
-.PHONY: demo test floor lint bench gpu clean
+.PHONY: demo test ext floor lint bench gpu clean
 
 $(PY):
 	$(PYTHON) -m venv $(VENV)
@@ -22,15 +23,22 @@ $(INSTALLED): pyproject.toml setup.py | $(PY)
 	$(PY) -m pip install --quiet "$(TORCH)" "setuptools>=77" wheel ninja numpy
 	$(PY) -m pip install --quiet "$(TRANSFORMERS)"
 	$(PY) -m pip install --quiet --no-build-isolation --editable ".[eval,test]"
+	touch $@ $(BUILT)
+
+# pip has built the extension; this builds it again when csrc changes. A machine without a compiler
+# keeps the PyTorch path.
+ext: $(BUILT)
+
+$(BUILT): $(INSTALLED) $(wildcard csrc/*.* csrc/*/*.*)
+	$(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
-# Rebuilds what changed in csrc; a machine without a compiler keeps the PyTorch path.
-.PHONY: ext
-ext: $(INSTALLED)
-	$(PY) setup.py --quiet build_ext --inplace
-
+# Budgets small enough to select at 1K; Quest without its dense layers, since the model has three.
 demo: ext
-	$(PY) -m lowcontext.eval.demo --out $(OUT)
+	$(VENV)/bin/lowcontext checkpoint $(OUT)/retrieval
+	$(VENV)/bin/lowcontext needle $(OUT)/retrieval --out $(OUT) --lengths 1k,4k,16k --depths 5 \
+		-m dense -m streaming_llm:window=256 -m block_topk:budget=640 \
+		-m quest:budget=512,dense_layers=0
 
 test: ext floor
 	$(PY) -m pytest
@@ -55,7 +63,7 @@ bench: ext
 	$(PY) -m bench.compare bench/results
 
 gpu:
-	$(PYTHON) -m bench.gpu --out $(or $(GPU_OUT),bench/results)
+	$(PYTHON) -m bench.gpu
 
 clean:
 	rm -rf build $(VENV) $(FLOOR) lowcontext/*.so

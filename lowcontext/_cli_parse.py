@@ -9,7 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.box import SIMPLE
+from rich.table import Column, Table
 
 from lowcontext.methods import Method, get_method
 
@@ -79,7 +80,9 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -156,7 +159,11 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
     from lowcontext.eval import summarize
 
     by_length = Table(
-        "method", "length", "accuracy", "95% interval", "density", "decode", "TTFT s", "TPOT ms"
+        Column("method", no_wrap=True),
+        *(Column(name, justify="right") for name in ("length", "right", "95%", "prefill")),
+        *(Column(name, justify="right") for name in ("decode", "TTFT s", "TPOT ms")),
+        title="Accuracy, density of prefill and decode, and median times",
+        box=SIMPLE,
     )
     decode: dict[tuple[str, int], list[float]] = {}
     cells: dict[tuple[str, float], list[bool]] = {}
@@ -170,14 +177,19 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
             line.method,
             str(line.length),
             f"{line.accuracy:.0%}",
-            f"{line.low:.0%}-{line.high:.0%}",
+            f"{100 * line.low:.0f}-{100 * line.high:.0f}",
             _share(line.density),
             _share(sum(values) / len(values)) if values else "",
             f"{line.ttft_s:.2f}",
             "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
         )
     depths = sorted({row.depth for row in rows})
-    by_depth = Table("accuracy by depth", *(f"{depth:g}%" for depth in depths))
+    by_depth = Table(
+        Column("method", no_wrap=True),
+        *(Column(f"{depth:g}%", justify="right") for depth in depths),
+        title="Accuracy by depth of the needle",
+        box=SIMPLE,
+    )
     for name in dict.fromkeys(row.method for row in rows):
         found = [cells.get((name, depth), []) for depth in depths]
         by_depth.add_row(name, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))

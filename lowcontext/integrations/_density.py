@@ -20,8 +20,15 @@ class Density:
     """
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets what was counted so far."""
         self._read = {"prefill": 0.0, "decode": 0.0}
         self._pairs = {"prefill": 0, "decode": 0}
+        # Decode steps are counted when someone asks, not while they run and may be timed. Their
+        # lists are small; those of prompts are not, and are counted at once.
+        self._later: list[tuple[BlockIndex, int, int, int]] = []
 
     @property
     def prefill(self) -> float:
@@ -35,11 +42,19 @@ class Density:
 
     def add(self, phase: str, index: BlockIndex | None, Lq: int, Lk: int, heads: int) -> None:
         """Counts one call; `heads` is batch times query heads. Reads the index on the host."""
+        if index is not None and phase == "decode":
+            self._later.append((index, Lq, Lk, heads))
+        else:
+            self._count(phase, index, Lq, Lk, heads)
+
+    def _count(self, phase: str, index: BlockIndex | None, Lq: int, Lk: int, heads: int) -> None:
         pairs = (Lq * (Lk - Lq) + Lq * (Lq + 1) // 2) * heads
         self._pairs[phase] += pairs
         self._read[phase] += pairs * (1.0 if index is None else index.density(Lq, Lk))
 
     def _mean(self, phase: str) -> float:
+        while self._later:
+            self._count("decode", *self._later.pop())
         return self._read[phase] / self._pairs[phase] if self._pairs[phase] else float("nan")
 
 
@@ -53,8 +68,8 @@ def measure_density(model: nn.Module) -> Iterator[Density]:
     Returns:
         A context manager whose value has `.prefill` and `.decode`: the share of causal
         (query, key) pairs that full-attention layers read, weighted by pairs, as floats; NaN for a
-        phase without calls. Each sparse call costs a host synchronisation while active, and
-        nothing otherwise.
+        phase without calls, and `.reset()` to start over. A sparse prefill costs a host
+        synchronisation for each call while active; decode steps are counted when read.
 
     Raises:
         ValueError: the model is not patched.
