@@ -134,8 +134,10 @@ def generate(
     tpot = f", {(times[-1] - times[1]) / steps * 1e3:.1f} ms per token after it" if steps else ""
     summary = (
         f"{chosen}: {length} prompt tokens, first token after {times[1] - times[0]:.2f} s{tpot}; "
-        f"density {_share(density.prefill)} in prefill, {_share(density.decode)} in decode"
+        f"density {_share(density.prefill)} in prefill"
     )
+    if steps:
+        summary += f", {_share(density.decode)} in decode"
     return Generated(tokenizer.decode(out[0, length:], skip_special_tokens=True), summary)
 
 
@@ -158,10 +160,10 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
     """Two tables: by length with density and times, and accuracy by depth."""
     from lowcontext.eval import summarize
 
+    titles = ("length", "right", "95%", "prefill", "decode", "TTFT s", "TPOT ms")
     by_length = Table(
-        Column("method", no_wrap=True),
-        *(Column(name, justify="right") for name in ("length", "right", "95%", "prefill")),
-        *(Column(name, justify="right") for name in ("decode", "TTFT s", "TPOT ms")),
+        Column("method", overflow="fold"),
+        *(Column(name, justify="right", no_wrap=True) for name in titles),
         title="Accuracy, density of prefill and decode, and median times",
         box=SIMPLE,
     )
@@ -171,10 +173,11 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
         share = row.stats.get("density_decode")
         decode.setdefault((row.method, row.length), []).extend([] if share is None else [share])
         cells.setdefault((row.method, row.depth), []).append(row.correct)
+    short = _short_names(list(dict.fromkeys(row.method for row in rows)))
     for line in summarize(rows):
         values = decode[line.method, line.length]
         by_length.add_row(
-            line.method,
+            short[line.method],
             str(line.length),
             f"{line.accuracy:.0%}",
             f"{100 * line.low:.0f}-{100 * line.high:.0f}",
@@ -185,15 +188,23 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
         )
     depths = sorted({row.depth for row in rows})
     by_depth = Table(
-        Column("method", no_wrap=True),
-        *(Column(f"{depth:g}%", justify="right") for depth in depths),
+        Column("method", overflow="fold"),
+        *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
         title="Accuracy by depth of the needle",
         box=SIMPLE,
     )
-    for name in dict.fromkeys(row.method for row in rows):
+    for name, shown in short.items():
         found = [cells.get((name, depth), []) for depth in depths]
-        by_depth.add_row(name, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))
+        by_depth.add_row(shown, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))
     return [by_length, by_depth]
+
+
+def _short_names(labels: list[str]) -> dict[str, str]:
+    """Labels without their settings, where that still tells them apart."""
+    names = [label.partition("(")[0] for label in labels]
+    unique = {name for name in names if names.count(name) == 1}
+    pairs = zip(labels, names, strict=True)
+    return {label: name if name in unique else label for label, name in pairs}
 
 
 class _Clock:
