@@ -39,7 +39,9 @@ def _load_rows(row_ptrs, valid, MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: 
     """Rows of D numbers at `row_ptrs` [N], 0 where not `valid` [N] and beyond D: [N, BLOCK_D]."""
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     ptrs = row_ptrs[:, None] + d[None, :]  # [N, BLOCK_D]
-    if MASKED:
+    if MASKED and D == BLOCK_D:
+        x = tl.load(ptrs, mask=valid[:, None], other=0.0)  # [N, BLOCK_D]
+    elif MASKED:
         x = tl.load(ptrs, mask=valid[:, None] & (d < D)[None, :], other=0.0)  # [N, BLOCK_D]
     elif D == BLOCK_D:
         x = tl.load(ptrs)  # [N, BLOCK_D]

@@ -21,8 +21,9 @@ LOG2E = math.log2(math.e)
 
 # Query blocks shorter than this run in the decode kernel, which fills its rows with query heads.
 _MIN_PREFILL_BLOCK = 16
-# The most query rows (queries times heads) of a decode program.
-_MAX_DECODE_ROWS = 64
+# The most query rows (queries times heads) of a decode program, by bytes per number: 32 rows of
+# fp32 spill 384 bytes per thread.
+_MAX_DECODE_ROWS = {2: 64, 4: 16}
 # A dense call of at most this many queries, or a sparse one inside one query block, is a decode.
 _MAX_DECODE_QUERIES = 32
 # A split reads at least this many keys: below it the combine costs more than the split gains.
@@ -85,26 +86,26 @@ class Problem:
 def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles:
     """Tile sizes of the prefill kernel.
 
-    Chosen from the compiler's report alone (`python -m bench.kernels_report`): the widest tiles
-    without spills whose shared memory fits. Not timed yet.
+    Chosen from the compiler's report alone (`python -m bench.kernels_report --all`): the widest
+    tiles that spill no register and fit in shared memory. Not timed yet.
     """
     rows = max(16, min(128, triton.next_power_of_2(block_q)))
-    small = capability in (86, 87, 89, 120, 121)  # 99 KB of shared memory instead of 163 or 227
-    if itemsize == 4:  # no tensor cores: IEEE products in registers
-        return Tiles(min(rows, 32), 32, 4, 2) if D <= 128 else Tiles(16, 32, 4, 1)
-    if D <= 64:
-        return Tiles(rows, 64, 8 if rows == 128 else 4, 3)
-    if D <= 128:
-        return Tiles(rows, 64, 8 if rows == 128 else 4, 2 if small else 3)
-    return Tiles(min(rows, 64), 32 if small else 64, 8 if rows >= 64 else 4, 2)
+    if itemsize == 4:  # IEEE products do not use tensor cores: 64 rows spill 56 bytes at D = 128
+        return Tiles(min(rows, 32), 32, 4, 2) if D <= 128 else Tiles(16, 32, 8, 2)
+    if D > 128:
+        rows = min(rows, 64)
+    # mma.sync reads its operands from registers: 64 keys of D = 128 spill 32 bytes on sm_80.
+    # wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
+    keys = 64 if D <= 64 or 90 <= capability < 120 else 32
+    return Tiles(rows, keys, 8 if D > 128 or rows > 64 else 4, 3 if D <= 128 else 2)
 
 
 def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
     if itemsize == 4:
-        return Tiles(rows, 32, 4, 2) if D <= 128 else Tiles(rows, 16, 4, 2)
-    return Tiles(rows, 64, 4, 3) if D <= 128 else Tiles(rows, 32, 4, 3)
+        return Tiles(rows, 32, 8, 2)
+    return Tiles(rows, 64 if D <= 128 else 32, 4, 3)
 
 
 def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor]:
@@ -124,7 +125,8 @@ def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor
         block_q, lead = index.block_q, Lk - Lq - first * index.block_q
         if Nq == 1:
             block_q, lead = Lq, 0
-    short = Lq <= _MAX_DECODE_QUERIES and Nq == 1
+    limit = min(_MAX_DECODE_QUERIES, _MAX_DECODE_ROWS[q.element_size()])
+    short = Lq <= limit and Nq == 1
     if short or (index is not None and index.block_q < _MIN_PREFILL_BLOCK):
         return _decode(problem, target, out, lse, block_q, lead, Nq), out, lse
     return [_prefill(problem, target, out, lse, block_q, lead, Nq)], out, lse
@@ -152,7 +154,7 @@ def _decode(
     Hkv, Lk = problem.k.shape[1:3]
     G = Hq // Hkv
     shared = index is None or index.kv_starts.shape[1] in (1, Hkv)
-    pack = min(G, max(1, _MAX_DECODE_ROWS // block_q)) if shared else 1
+    pack = min(G, max(1, _MAX_DECODE_ROWS[q.element_size()] // block_q)) if shared else 1
     chunks = -(-G // pack)
     tiles = decode_tiles(D, q.element_size(), block_q * pack, target.capability)
     programs = B * Hkv * chunks * Nq

@@ -1,0 +1,114 @@
+"""Ahead-of-time compilation of a launch, and what it needs of a multiprocessor. No GPU involved."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from lowcontext.ops.triton.launch import Launch
+
+# Shared memory that one block may use, by compute capability (CUDA programming guide, table of
+# technical specifications): 163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on sm_86/89/120.
+SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses.
+
+    Args:
+        registers: per thread.
+        spilled: bytes of local memory per thread, where spilled registers live.
+        shared: bytes of shared memory per block.
+        ptx: the PTX text.
+        warps: warps per block.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    ptx: str
+    warps: int
+
+
+def compile_launch(launch: Launch, capability: int) -> Resources:
+    """Compiles the kernel of a launch as a call on that device would, and reads its resources.
+
+    Args:
+        launch: from `launch.plan`, tensors on any device ("meta" will do).
+        capability: 80, 90, 100, ...
+
+    Raises:
+        RuntimeError: the report of cuobjdump is not in the known form.
+    """
+    source = _source(launch)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    usage = _usage(compiled.asm["cubin"])
+    return Resources(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=compiled.metadata.shared,
+        ptx=compiled.asm["ptx"],
+        warps=launch.num_warps,
+    )
+
+
+def _source(launch: Launch) -> ASTSource:
+    """The source with the specialisation that triton's own call would choose."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes = {}
+    for position, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        value = launch.args[name]
+        exact = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (exact and type(value) is int and value == 1):
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        signature[name], aligned = _type(value)
+        if exact and aligned:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constants, attributes)
+
+
+def _type(value: Tensor | int | float) -> tuple[str, bool]:
+    if isinstance(value, Tensor):
+        offset = value.storage_offset() * value.element_size()
+        start = offset if value.device.type == "meta" else value.data_ptr()
+        return _TYPES[value.dtype], start % 16 == 0
+    if isinstance(value, int):
+        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
+    return "fp32", False
+
+
+def _usage(cubin: bytes) -> dict[str, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        report = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
+    if set(usage) != {"REG", "STACK", "LOCAL"}:
+        raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {report!r}")
+    return usage
