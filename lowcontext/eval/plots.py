@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowcontext.eval.records import NeedleRow
 from lowcontext.eval.summary import SummaryRow, summarize
 
-INK, FAINT = "#1f2933", "#66727f"
-# Colour-blind safe: orange (wrong) over pale yellow to blue (right), both ends clearly not white.
+INK, FAINT, NO_DATA = "#1f2933", "#66727f", "#e6e8eb"
+# Colour-blind safe: orange is wrong, blue is right, and no value is white.
 COLOURS = ("#b3541e", "#f0a35e", "#fbf1d0", "#7fb2d6", "#1f5f99")
-NO_DATA = "#e6e8eb"
-TITLE_CHARS = 34
+
+# Inches.
+LEFT, RIGHT, TOP, BOTTOM = 0.85, 1.0, 0.45, 0.5
+GAP_X, GAP_Y, HEADER, GROUP = 0.3, 0.6, 0.8, 0.2
+MIN_FIGURE, MIN_WIDTH, CELL_WIDTH, CELL_HEIGHT = 5.2, 2.4, 0.5, 0.3
+LINE_CHARS = 46
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Lengths and depths of all heatmaps, and the size of one in inches."""
+
+    lengths: list[int]
+    depths: list[float]
+
+    @property
+    def width(self) -> float:
+        return max(MIN_WIDTH, CELL_WIDTH * len(self.lengths))
+
+    @property
+    def height(self) -> float:
+        return max(0.9, CELL_HEIGHT * len(self.depths))
 
 
 def plot_needle(
@@ -21,175 +42,162 @@ def plot_needle(
 ) -> Path:
     """Draws one heatmap per method, with one colour scale for all of them.
 
-    Cells show the share of right answers; the title of a heatmap gives the overall accuracy with
-    its 95% Wilson interval, and the mean density and median times at the longest length.
+    Cells show the share of right answers in percent. Above each heatmap stand the overall accuracy
+    with its 95% Wilson interval, and the mean density and median times at the longest length.
 
     Args:
         rows: Rows of any number of methods; several tasks or haystacks are drawn below each other.
         path: The image to write; its suffix chooses the format (.png, .svg, .pdf).
-        title: Heading of the figure; by default the task and the haystack.
+        title: Heading of the figure.
         columns: Most heatmaps beside each other.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: If there are no rows.
+        ValueError: If there are no rows, or ``columns`` is not positive.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     found = list(rows)
     if not found:
         raise ValueError("rows: expected at least one row, got none")
+    if columns < 1:
+        raise ValueError(f"columns: expected 1 or more, got {columns}")
     groups: dict[tuple[str, str], dict[str, list[NeedleRow]]] = {}
     for row in found:
         groups.setdefault((row.task, row.haystack), {}).setdefault(row.method, []).append(row)
-    lengths = sorted({row.length for row in found})
-    depths = sorted({row.depth for row in found})
-    several = len(groups) > 1
-    panels = [
-        (f"{_label(*group)} · {method}" if several else method, part)
-        for group, methods in groups.items()
-        for method, part in methods.items()
-    ]
-    wide = min(columns, max(len(methods) for methods in groups.values()))
-    tall = sum(-(-len(methods) // wide) for methods in groups.values())
-    slots = _slots([len(methods) for methods in groups.values()], wide)
+    grid = _Grid(sorted({row.length for row in found}), sorted({row.depth for row in found}))
 
-    cell_width = max(1.75, 0.62 * len(lengths))
-    cell_height = max(1.5, 0.36 * len(depths))
-    size = (cell_width * wide + 0.75 * wide + 1.1, (cell_height + 1.35) * tall + 0.75)
-    layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.08, wspace=0.02, hspace=0.04)
-    figure = Figure(figsize=size, dpi=160, facecolor="white", layout=layout)
+    wide = min(columns, max(len(methods) for methods in groups.values()))
+    lines = {group: -(-len(methods) // wide) for group, methods in groups.items()}
+    panels = LEFT + wide * (grid.width + GAP_X) - GAP_X
+    width = max(MIN_FIGURE, panels + RIGHT)
+    height = TOP + BOTTOM + len(groups) * GROUP
+    height += sum(lines.values()) * (HEADER + grid.height + GAP_Y) - GAP_Y
+    figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(tall, wide, squeeze=False)
-    colours = LinearSegmentedColormap.from_list("accuracy", COLOURS)
-    colours.set_bad(NO_DATA)
-    images = []
-    for (name, part), slot in zip(panels, slots, strict=True):
-        images.append(_panel(grid[slot], name, part, lengths, depths, colours))
-        if slot[1] == 0:
-            grid[slot].set_ylabel("needle depth", color=INK, fontsize=9)
-    for place in set(_slots([wide] * tall, wide)) - set(slots):
-        grid[place].set_axis_off()
-    bar = figure.colorbar(images[0], ax=grid, fraction=0.025, pad=0.015, ticks=[0, 0.5, 1])
+    colours = LinearSegmentedColormap.from_list("accuracy", COLOURS).with_extremes(bad=NO_DATA)
+
+    def add_axes(left: float, top: float, size: tuple[float, float]) -> Any:
+        """Adds axes given in inches from the top left corner."""
+        bottom = height - top - size[1]
+        return figure.add_axes((left / width, bottom / height, size[0] / width, size[1] / height))
+
+    heading = title or "Needle in a haystack"
+    figure.text(LEFT / width, 1 - 0.3 / height, heading, fontsize=13, color=INK, weight="bold")
+    top = TOP
+    images: list[Any] = []
+    for group, methods in groups.items():
+        label = _group_label(*group)
+        figure.text(LEFT / width, 1 - (top + 0.1) / height, label, fontsize=10, color=FAINT)
+        top += GROUP
+        for place, (method, part) in enumerate(methods.items()):
+            line, column = divmod(place, wide)
+            panel_top = top + line * (HEADER + grid.height + GAP_Y) + HEADER
+            left = LEFT + column * (grid.width + GAP_X)
+            axes = add_axes(left, panel_top, (grid.width, grid.height))
+            images.append(_draw_cells(axes, part, grid, colours))
+            _draw_header(axes, method, part)
+            _draw_ticks(axes, grid, first=column == 0)
+            axes.set_xlabel("context (tokens)", color=FAINT, fontsize=8)
+        top += lines[group] * (HEADER + grid.height + GAP_Y)
+    bar_axes = add_axes(panels + 0.25, TOP + GROUP + HEADER, (0.13, grid.height))
+    bar = figure.colorbar(images[0], cax=bar_axes, ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8, color=INK)
-    bar.set_label("right answers", fontsize=9, color=INK)
+    bar.ax.tick_params(length=0)
     bar.outline.set_visible(False)
-    heading = title or " and ".join(_label(*group) for group in groups)
-    figure.suptitle(heading, fontsize=12, fontweight="bold", color=INK)
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(target)
     return target
 
 
-def _slots(sizes: Sequence[int], wide: int) -> list[tuple[int, int]]:
-    """Returns (row, column) for each panel; every group starts a new row."""
-    slots, top = [], 0
-    for size in sizes:
-        slots += [(top + i // wide, i % wide) for i in range(size)]
-        top += -(-size // wide)
-    return slots
-
-
-def _panel(
-    axes: Any,
-    name: str,
-    rows: list[NeedleRow],
-    lengths: list[int],
-    depths: list[float],
-    colours: Any,
-) -> Any:
-    """Draws one heatmap and returns its image."""
+def _draw_cells(axes: Any, rows: list[NeedleRow], grid: _Grid, colours: Any) -> Any:
+    """Draws the cells of one heatmap and returns its image."""
     cells: dict[tuple[float, int], list[bool]] = {}
     for row in rows:
         cells.setdefault((row.depth, row.length), []).append(row.correct)
-    nan = float("nan")
     table = [
-        [
-            sum(cells[depth, length]) / len(cells[depth, length])
-            if (depth, length) in cells
-            else nan
-            for length in lengths
-        ]
-        for depth in depths
+        [_share(cells.get((depth, length), [])) for length in grid.lengths] for depth in grid.depths
     ]
-    image = axes.imshow(table, cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
     for y, line in enumerate(table):
         for x, value in enumerate(line):
-            text = "–" if value != value else f"{100 * value:.0f}"
-            dark = value == value and (value <= 0.12 or value >= 0.88)
-            colour = "white" if dark else INK
+            known = value == value
+            text = f"{100 * value:.0f}" if known else "–"
+            colour = "white" if known and abs(value - 0.5) > 0.35 else INK
             axes.text(x, y, text, ha="center", va="center", fontsize=8.5, color=colour)
-    axes.set_xticks(range(len(lengths)), [_tokens(n) for n in lengths], fontsize=8)
-    axes.set_yticks(range(len(depths)), [f"{depth:g}%" for depth in depths], fontsize=8)
-    axes.set_xticks([x - 0.5 for x in range(1, len(lengths))], minor=True)
+    return axes.imshow(table, cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+
+
+def _draw_ticks(axes: Any, grid: _Grid, *, first: bool) -> None:
+    axes.set_xticks(range(len(grid.lengths)), [_tokens(n) for n in grid.lengths], fontsize=8)
+    depths = [f"{depth:.4g}%" for depth in grid.depths]
+    axes.set_yticks(range(len(depths)), depths if first else [""] * len(depths), fontsize=8)
+    axes.set_xticks([x - 0.5 for x in range(1, len(grid.lengths))], minor=True)
     axes.set_yticks([y - 0.5 for y in range(1, len(depths))], minor=True)
     axes.grid(which="minor", color="white", linewidth=1.5)
     axes.tick_params(which="both", length=0, colors=INK)
-    axes.set_xlabel("context (tokens)", color=INK, fontsize=9)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    # Name in bold, two quiet lines of figures under it.
-    figures = _figures(rows)
-    axes.set_title("\n" * len(figures), fontsize=8, pad=6)
+    if first:
+        axes.set_ylabel("needle depth", color=FAINT, fontsize=8)
+
+
+def _draw_header(axes: Any, method: str, rows: list[NeedleRow]) -> None:
+    """Writes the method's name and three quiet lines of figures above a heatmap."""
+    name, bracket, options = method.partition("(")
+    lines = [options.removesuffix(")") if bracket else "", *_figures(rows)]
+    for place, line in enumerate(reversed(lines)):
+        _write_above(axes, 5 + 10.5 * place, _shorten(line), size=7.5, color=FAINT)
+    _write_above(axes, 7 + 10.5 * len(lines), _shorten(name), size=10.5, color=INK, weight="bold")
+
+
+def _write_above(axes: Any, points: float, text: str, *, size: float, **style: str) -> None:
     axes.annotate(
-        "\n".join(figures),
+        text,
         xy=(0, 1),
-        xytext=(0, 5),
+        xytext=(0, points),
         xycoords="axes fraction",
         textcoords="offset points",
-        fontsize=7.5,
-        color=FAINT,
-        linespacing=1.35,
+        fontsize=size,
         va="bottom",
+        **style,
     )
-    axes.annotate(
-        _shorten(name),
-        xy=(0, 1),
-        xytext=(0, 9 + 10.5 * len(figures)),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        fontsize=10,
-        fontweight="bold",
-        color=INK,
-        va="bottom",
-    )
-    return image
 
 
 def _figures(rows: list[NeedleRow]) -> list[str]:
-    """Returns the lines under a heatmap's name."""
+    """Returns the lines of figures of one heatmap."""
     (overall,) = summarize(rows, by_length=False)
     longest = summarize(rows)[-1]
-    lines = [
-        f"accuracy {overall.accuracy:.0%} "
-        f"[{overall.low:.0%}–{overall.high:.0%}], n = {overall.samples}"
+    interval = f"[{100 * overall.low:.0f}–{100 * overall.high:.0f}%]"
+    return [
+        f"accuracy {overall.accuracy:.0%} {interval}, n = {overall.samples}",
+        f"at {_tokens(longest.length or 0)}: {_costs(longest)}",
     ]
-    return [*lines, f"at {_tokens(longest.length or 0)}: {_costs(longest)}"]
 
 
 def _costs(line: SummaryRow) -> str:
-    parts = [f"TTFT {line.ttft_s:.3g} s"]
-    if line.density is not None:
-        parts.insert(0, f"density {line.density:.1%}")
-    if line.tpot_s is not None:
-        parts.append(f"TPOT {1e3 * line.tpot_s:.3g} ms")
-    return " · ".join(parts)
+    parts = [] if line.density is None else [f"density {100 * line.density:.3g}%"]
+    parts.append(f"TTFT {line.ttft_s:.2f} s")
+    parts += [] if line.tpot_s is None else [f"TPOT {1e3 * line.tpot_s:.0f} ms"]
+    return ", ".join(parts)
 
 
-def _label(task: str, haystack: str) -> str:
-    kind = {"single": "single needle", "multikey": "multi-key needle"}.get(task, task)
-    return f"{kind}, haystack of {Path(haystack).name}"
+def _share(outcomes: list[bool]) -> float:
+    return sum(outcomes) / len(outcomes) if outcomes else float("nan")
+
+
+def _group_label(task: str, haystack: str) -> str:
+    kind = {"single": "one needle", "multikey": "one of four needles"}.get(task, task)
+    return f"right answers in %, {kind}, haystack: {Path(haystack).name}"
 
 
 def _tokens(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def _shorten(name: str) -> str:
-    return name if len(name) <= TITLE_CHARS else f"{name[: TITLE_CHARS - 1]}…"
+def _shorten(text: str) -> str:
+    return text if len(text) <= LINE_CHARS else f"{text[: LINE_CHARS - 1]}…"

@@ -3,8 +3,8 @@ r"""The weights of the retrieval checkpoint, written down instead of trained.
 Residual stream, 512 dims (every entry of a code or hash is +1 or -1, so RMSNorm divides by a
 constant that is known in advance and folded into the next matrix)::
 
-    0 constant 32 | 1 BOS flag 2 | 2 topic flag 0.25 | 3 smeared topic | 64.. codes C0..C4 of this token
-    and of the 4 before it, 64 dims each | 384.. query hash QH | 416.. key hash KH | 448.. OUT
+    0 constant 32 | 1 BOS flag 2 | 2 topic flag 0.25 | 3 smeared topic | 64.. codes C0..C4 of this
+    token and of the 4 before it, 64 dims each | 384.. query hash QH | 416.. key hash KH | 448.. OUT
 
     layer 0   head o = 1..4 copies the code of the token o places back into C_o
     MLP 0     QH[t] = hash(t-3..t), KH[t] = hash(t-4..t-1): parity of four code bits, 32 times
