@@ -162,7 +162,7 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
 
     titles = ("length", "right", "95%", "prefill", "decode", "TTFT s", "TPOT ms")
     by_length = Table(
-        Column("method", overflow="fold"),
+        Column("method", overflow="fold", min_width=13),
         *(Column(name, justify="right", no_wrap=True) for name in titles),
         title="Accuracy, density of prefill and decode, and median times",
         box=SIMPLE,
@@ -188,7 +188,7 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
         )
     depths = sorted({row.depth for row in rows})
     by_depth = Table(
-        Column("method", overflow="fold"),
+        Column("method", overflow="fold", min_width=13),
         *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
         title="Accuracy by depth of the needle",
         box=SIMPLE,

@@ -10,24 +10,29 @@ from einops import rearrange
 from torch import Tensor
 
 
-def top_k_mask(scores: Tensor, k: int | Tensor) -> Tensor:
+def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
     """Marks the k largest entries of each row; ties go to the lower index.
 
     Args:
         scores: float [..., N]; -inf entries are never marked.
-        k: entries to mark, an int or an int tensor [...].
+        k: int, broadcast to [...]; entries to mark in each row, 0 to `most`.
+        most: the largest `k`, known to the host.
 
     Returns:
         bool [..., N] with at most k True in each row.
     """
     N = scores.shape[-1]
-    if N == 0:
+    most = min(most, N)
+    if most <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    limit = k[..., None] if isinstance(k, Tensor) else k
-    chosen = (torch.arange(N, device=scores.device) < limit).expand(scores.shape)
-    keep = torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, chosen)
-    return keep & (scores > -torch.inf)
+    k = k.clamp(max=most).expand(scores.shape[:-1])[..., None]
+    # The k-th largest value splits the row; torch.topk does not say which of equal entries it takes.
+    threshold = scores.topk(most, dim=-1).values.gather(-1, (k - 1).clamp(min=0))
+    above = scores > threshold
+    ties = scores == threshold
+    room = k - above.sum(-1, keepdim=True)
+    keep = above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
+    return keep & (k > 0) & (scores > -torch.inf)
 
 
 def block_statistics(

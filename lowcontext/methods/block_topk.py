@@ -69,7 +69,6 @@ class BlockTopK(Method):
         if limit * width >= Lk:
             return None
         means = block_statistics(layer.memory, k, width, lambda keys: keys.mean(dim=3))
-        # Memory may already hold blocks after this chunk's end when a chunk is asked for again.
         pooled = _pool_queries(q, Lk - Lq, block_q)  # [B, Hq, Nq, D]
         grouped = rearrange(pooled, "b (h g) n d -> b h (g n) d", h=k.shape[1])
         scores = grouped @ means.transpose(2, 3)
@@ -89,7 +88,7 @@ class BlockTopK(Method):
         complete = means.shape[2]
         scores = scores.masked_fill(~candidates[:, :complete], -torch.inf)
         keep = forced.expand(*scores.shape[:2], Nq, Nk).clone()
-        keep[..., :complete] |= top_k_mask(scores, limit - forced.sum(-1))
+        keep[..., :complete] |= top_k_mask(scores, limit - forced.sum(-1), limit)
         return BlockIndex.from_blocks(keep, (block_q, width), limit)
 
 

@@ -57,17 +57,18 @@ class Quest(Method):
         bounds = block_statistics(
             layer.memory, k, self.page, lambda x: torch.cat([x.amin(dim=3), x.amax(dim=3)], dim=-1)
         )
-        low, high = bounds.chunk(2, dim=-1)  # [B, Hkv, P, D]
-        grouped = rearrange(q.float(), "b (h g) r d -> b h (g r) d", h=k.shape[1])
-        scores = grouped.clamp(min=0) @ high.transpose(2, 3)
-        scores += grouped.clamp(max=0) @ low.transpose(2, 3)
+        # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.
+        signed = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1).float()
+        grouped = rearrange(signed, "b (h g) r d -> b h (g r) d", h=k.shape[1])
+        scores = grouped @ bounds.transpose(2, 3)  # bounds: [B, Hkv, P, 2 * D]
         scores = rearrange(scores, "b h (g r) p -> b h g r p", r=Lq)
         scores = scores.amax(dim=2) if self.scope == "kv_head" else scores.flatten(1, 2)
 
         own = torch.arange(Lk - Lq, Lk, device=q.device)[:, None] // self.page  # page of the query
         complete = scores.shape[-1]
         past = torch.arange(complete, device=q.device) < own
-        chosen = top_k_mask(scores.masked_fill(~past, -torch.inf), limit - 1)
+        scores = scores.masked_fill(~past, -torch.inf)
+        chosen = top_k_mask(scores, torch.tensor(limit - 1, device=q.device), limit - 1)
         keep = torch.arange(-(-Lk // self.page), device=q.device) == own
         keep = keep.expand(*scores.shape[:3], -1).clone()
         keep[..., :complete] |= chosen
