@@ -52,17 +52,23 @@ class Backend:
         return self.module.attention(*args, **kwargs)
 
 
-@cache
-def _load(name: str) -> Backend:
-    return Backend(name, importlib.import_module(_MODULES[name]))
+# Filled by `_load`. A plain dict: torch.compile reads it while tracing, and cannot guard an object
+# that a function assumed constant returns.
+_LOADED: dict[str, Backend] = {}
+
+
+@torch.compiler.assume_constant_result
+def _load(name: str) -> bool:
+    if name not in _LOADED:
+        _LOADED[name] = Backend(name, importlib.import_module(_MODULES[name]))
+    return True
 
 
 @cache
 def _status(name: str) -> str | None:
-    return _load(name).module.status()
+    return backend_named(name).module.status()
 
 
-@torch.compiler.assume_constant_result
 def backend_named(name: str) -> Backend:
     """The backend, its module imported on first use.
 
@@ -71,7 +77,8 @@ def backend_named(name: str) -> Backend:
     """
     if name not in _MODULES:
         raise ValueError(f"backend: expected 'auto' or one of {list(_MODULES)}, got {name!r}")
-    return _load(name)
+    _load(name)
+    return _LOADED[name]
 
 
 @torch.compiler.assume_constant_result
