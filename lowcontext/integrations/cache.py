@@ -61,6 +61,8 @@ class SparseCacheLayer(CacheLayerMixin):
     def __init__(self, shared: SharedMemory | None = None) -> None:
         self._buffer: tuple[Tensor, Tensor] | None = None
         self._length = 0
+        # Tensors made in inference mode cannot be written outside it.
+        self._inference = False
         self.shared = SharedMemory() if shared is None else shared
         self._contexts: dict[Row, LayerContext] = {}
         self._method: Method | None = None
@@ -89,7 +91,8 @@ class SparseCacheLayer(CacheLayerMixin):
             values = torch.cat([values[:, :, :start], value_states], dim=2)
             self._buffer = keys, values
             return keys, values
-        if end > keys.shape[2] or not _writable(keys):
+        frozen = self._inference and not torch.is_inference_mode_enabled()
+        if end > keys.shape[2] or keys.requires_grad or frozen:
             keys, values = self._grow(keys, values, start, end)
         keys[:, :, start:end] = key_states
         values[:, :, start:end] = value_states
@@ -225,11 +228,13 @@ class SparseCacheLayer(CacheLayerMixin):
             keys[:, :, :used] = old_keys[:, :, :used]
             values[:, :, :used] = old_values[:, :, :used]
         self._buffer = keys, values
+        self._inference = _made_in_inference_mode(self._buffer[0])
         return keys, values
 
     def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
         if self._buffer is not None:
             self._buffer = change(self._buffer[0]), change(self._buffer[1])
+            self._inference = _made_in_inference_mode(self._buffer[0])
         self.drop_memory()
 
     def _assign(self, which: int, value: Tensor | None) -> None:
@@ -240,11 +245,10 @@ class SparseCacheLayer(CacheLayerMixin):
             other = value if self._buffer is None else self._buffer[1 - which]
             self._buffer = (value, other) if which == 0 else (other, value)
             self._length = value.shape[2]
+            self._inference = value.is_inference()
         self.drop_memory()
 
 
-def _writable(buffer: Tensor) -> bool:
-    """False for a buffer that autograd watches, or made in inference mode and used outside it."""
-    if buffer.requires_grad:
-        return False
-    return not buffer.is_inference() or torch.is_inference_mode_enabled()
+def _made_in_inference_mode(buffer: Tensor) -> bool:
+    # A compiled graph cannot ask; it is not entered in one mode and left in the other.
+    return not torch.compiler.is_compiling() and buffer.is_inference()

@@ -45,7 +45,13 @@ SPECS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma2": (
         "Gemma2Config",
         "Gemma2ForCausalLM",
-        {"head_dim": 8, "sliding_window": 8, "query_pre_attn_scalar": 20},
+        # transformers 4.57 drops the softcap in its sdpa default; eager has it in all versions.
+        {
+            "head_dim": 8,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 20,
+            "attn_implementation": "eager",
+        },
     ),
     "gemma3": (
         "Gemma3TextConfig",
