@@ -62,6 +62,7 @@ def write_tokenizer(folder: Path, *, max_length: int) -> None:
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": BOS,
         "eos_token": EOS,
         "pad_token": PAD,

@@ -50,7 +50,7 @@ WIDE_LOGITS = dict.fromkeys(range(7, 13), 12.0)
 MATCH_LOGIT = 256.0
 TOPIC_STRENGTH = 0.5  # of MATCH_LOGIT: how local relevance is; fixed before any method was run
 BOS_STRENGTH = 1.05  # of MATCH_LOGIT: what an n-gram without a match attends to
-ANSWER_LOGIT, STOP_LOGIT, NO_MATCH_LOGIT = 60.0, 75.0, 12.0
+ANSWER_LOGIT, STOP_LOGIT, NO_MATCH_LOGIT = 60.0, 66.0, 12.0  # margins: 18 and more
 MAX_CODE_OVERLAP = 28  # of 64: keeps every other token's logit under 44% of the answer's
 
 

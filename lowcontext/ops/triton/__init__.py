@@ -54,7 +54,8 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex | None)
     if index is not None and (index.kv_starts.shape[3] + 1) * index.block_k >= 2**31:
         return "lists of 2**31 keys or more"
     if _interpreted():
-        return None
+        # Its tl.dot multiplies the bits of bfloat16 as integers (triton 3.6 and 3.7).
+        return "bfloat16 in triton's interpreter" if q.dtype == torch.bfloat16 else None
     if q.device.type != "cuda":
         return f"device {q.device.type}"
     capability = _target(q.device.index).capability

@@ -100,7 +100,7 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     return Tiles(rows, keys, 8 if D > 128 or rows > 64 else 4, 3 if D <= 128 else 2)
 
 
-def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
+def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
     if itemsize == 4:
@@ -156,7 +156,7 @@ def _decode(
     shared = index is None or index.kv_starts.shape[1] in (1, Hkv)
     pack = min(G, max(1, _MAX_DECODE_ROWS[q.element_size()] // block_q)) if shared else 1
     chunks = -(-G // pack)
-    tiles = decode_tiles(D, q.element_size(), block_q * pack, target.capability)
+    tiles = decode_tiles(D, q.element_size(), block_q * pack)
     programs = B * Hkv * chunks * Nq
     if index is None:
         keys = min(Lk, problem.window + Lq) if problem.window else Lk

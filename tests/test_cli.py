@@ -1,0 +1,107 @@
+"""The command line, end to end on the retrieval checkpoint."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import lowcontext
+from lowcontext import _cli_parse as parse
+from lowcontext.cli import app
+
+runner = CliRunner()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "retrieval"
+    result = runner.invoke(app, ["checkpoint", str(folder)])
+    assert result.exit_code == 0, result.output
+    return folder
+
+
+def test_info_lists_every_backend_with_its_reason() -> None:
+    result = runner.invoke(app, ["info"])
+    assert result.exit_code == 0, result.output
+    for name in ("native", "triton", "reference", "torch"):
+        assert name in result.output
+
+
+def test_methods_lists_every_method_with_its_hyper_parameters() -> None:
+    result = runner.invoke(app, ["methods"])
+    for name in lowcontext.available_methods():
+        assert name in result.output
+    assert "budget=2048" in result.output
+
+
+@pytest.mark.parametrize("command", ["info", "methods", "checkpoint", "generate", "needle"])
+def test_every_command_has_help_with_an_example(command: str) -> None:
+    result = runner.invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"lowcontext {command}" in result.output
+
+
+def test_generate_prints_text_density_and_times(checkpoint: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("the sky is clear and the road is long . " * 60)
+    args = ["--prompt-file", str(prompt), "--max-new-tokens", "3"]
+    for method in (["-m", "streaming_llm:window=64"], ["--decode", "quest:budget=64"]):
+        result = runner.invoke(app, ["generate", str(checkpoint), *args, *method])
+        assert result.exit_code == 0, result.output
+        assert "prompt tokens, first token after" in result.output.replace("\n", " ")
+
+
+def test_needle_writes_rows_and_a_picture_and_continues(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["needle", str(checkpoint), "--out", str(tmp_path), "--lengths", "1k", "--depths", "3"]
+    args += ["-m", "dense", "-m", "streaming_llm:window=128"]
+    result = runner.invoke(app, args)
+    assert result.exit_code == 0, result.output
+    file = tmp_path / "needle.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 6
+    right = {(r["method"], r["depth"]): r["correct"] for r in rows}
+    assert all(right["dense", d] for d in (0.0, 50.0, 100.0))
+    assert not right["streaming_llm(window=128)", 50.0]
+    assert right["streaming_llm(window=128)", 100.0]
+    dense, sparse = rows[0], rows[-1]
+    assert dense["density"] == 1.0
+    assert 0 < sparse["density"] < 0.5
+    assert (tmp_path / "needle.png").stat().st_size > 10_000
+    assert runner.invoke(app, args).exit_code == 0
+    assert len(file.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["generate", "nowhere", "--prompt", "x"], "expected a folder with a config.json"),
+        (["generate", "nowhere"], "expected one of --prompt and --prompt-file"),
+        (["generate", "nowhere", "--prompt", "x", "-m", "qest"], "method: expected one of"),
+        (["generate", "x", "--prompt", "x", "-m", "quest:budget"], "NAME:key=value,key=value"),
+        (["generate", "x", "--prompt", "x", "-m", "quest:budget=0"], "budget: expected at least"),
+        (["generate", "x", "--prompt", "x", "-m", "quest", "--decode", "quest"], "expected alone"),
+        (["needle", "nowhere", "--lengths", "4x"], "lengths: expected numbers such as"),
+        (["needle", "nowhere", "--task", "some"], "task: expected one of"),
+    ],
+)
+def test_mistakes_give_one_line_and_exit_code_1(args: list[str], message: str) -> None:
+    result = runner.invoke(app, args)
+    assert result.exit_code == 1
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
+
+
+def test_a_length_over_the_models_positions_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["needle", str(checkpoint), "--lengths", "256k", "--out", str(tmp_path)]
+    result = runner.invoke(app, args)
+    assert result.exit_code == 1
+    assert "max_position_embeddings" in result.output.replace("\n", " ")
+
+
+def test_lengths_and_depths_are_parsed() -> None:
+    assert parse.lengths("1k, 4096,128K") == (1024, 4096, 131072)
+    assert parse.depth_grid(3) == (0.0, 50.0, 100.0)
+    assert parse.depth_grid(1) == (50.0,)
