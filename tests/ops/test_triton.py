@@ -1,0 +1,69 @@
+"""The Triton backend: its cases in the interpreter, on a GPU where there is one, and its limits."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lowcontext.ops import triton as backend
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+ROOT = Path(__file__).parents[2]
+
+
+def run_cases(interpret: bool) -> None:
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
+    if interpret:
+        env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/ops/triton_cases.py"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout
+    assert int(passed[1]) >= 40
+
+
+def test_every_case_passes_in_the_interpreter() -> None:
+    run_cases(interpret=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_every_case_passes_on_the_gpu() -> None:
+    run_cases(interpret=False)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "Dv", "reason"),
+    [
+        ((1, 1, 4, 64), torch.float64, 64, "dtype"),
+        ((1, 1, 4, 64), torch.float32, 32, "value head_dim"),
+        ((1, 1, 4, 512), torch.float32, 512, "larger than 256"),
+    ],
+)
+def test_an_unsupported_problem_is_refused_with_its_reason(
+    shape: tuple[int, ...], dtype: torch.dtype, Dv: int, reason: str
+) -> None:
+    q = torch.zeros(shape, dtype=dtype)
+    assert reason in str(backend.supports("attention", q, q, q[..., :Dv], None))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a CUDA device")
+def test_a_machine_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert backend.status() == "no CUDA device"
+
+
+def test_a_machine_without_triton_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "not installed" in str(backend.status())
