@@ -88,7 +88,8 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     value = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=value)
-    return model.to(device).eval(), tokenizer
+    model.to(torch.device(device))  # type: ignore[arg-type]
+    return model.eval(), tokenizer
 
 
 @dataclass(frozen=True)
@@ -167,7 +168,7 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
         title="Accuracy, density of prefill and decode, and median times",
         box=SIMPLE,
     )
-    decode: dict[tuple[str, int], list[float]] = {}
+    decode: dict[tuple[str, int | None], list[float]] = {}
     cells: dict[tuple[str, float], list[bool]] = {}
     for row in rows:
         share = row.stats.get("density_decode")
