@@ -1,19 +1,22 @@
-"""What transformers calls: the attention function, the mask function and the cache hook."""
+"""What transformers calls: the attention function and the hooks before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.cache_utils import DynamicLayer, StaticLayer
-from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from lowcontext.integrations._dense import dense_attention, masked_attention
+from lowcontext.integrations._dense import (
+    dense_attention,
+    masked_attention,
+    padded_attention,
+)
 from lowcontext.integrations._families import ATTRIBUTE, LayerSettings
+from lowcontext.integrations._masks import Padding
 from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer
 from lowcontext.methods import LayerContext
 from lowcontext.methods.base import MAX_DECODE_QUERIES
@@ -27,63 +30,6 @@ _UNSUPPORTED = {
     "cu_seq_lens_q": "packed sequences",
     "cache": "continuous batching",
 }
-
-
-@dataclass(frozen=True)
-class Padding:
-    """The valid keys of each row of a padded batch: row b has keys [start, end) of `spans[b]`."""
-
-    spans: tuple[tuple[int, int], ...]
-
-
-def mask_function(
-    *,
-    kv_length: int,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    allow_is_causal_skip: bool = True,
-    **kwargs: Any,
-) -> Padding | Tensor | None:
-    """The mask that transformers passes on to `attention_function`, once per forward and kind.
-
-    Returns:
-        None without padding; a `Padding` with it; under torch.compile, where its contents cannot
-        be read, the bool [B, kv_length] padding mask; for bidirectional attention the mask that
-        transformers' sdpa uses.
-
-    Raises:
-        NotImplementedError: the mask is not causal with padding at the ends.
-    """
-    if "allow_is_bidirectional_skip" in kwargs:
-        return sdpa_mask(
-            kv_length=kv_length,
-            kv_offset=kv_offset,
-            attention_mask=attention_mask,
-            mask_function=mask_function,
-            allow_is_causal_skip=allow_is_causal_skip,
-            **kwargs,
-        )
-    if not allow_is_causal_skip and not _plain(mask_function, kv_length, attention_mask, kwargs):
-        raise NotImplementedError(
-            "attention_mask: expected causal attention with padding at the ends, got packed "
-            "sequences (position_ids that restart), an overlay of the model (image blocks) or a "
-            "static cache; pad instead of packing, leave cache_implementation at 'dynamic', or "
-            "unpatch_model(model)"
-        )
-    if attention_mask is None:
-        return None
-    mask = attention_mask[:, kv_offset : kv_offset + kv_length]
-    if mask.shape[1] != kv_length:
-        raise ValueError(
-            f"attention_mask: expected {kv_offset + kv_length} columns, one for each cached and "
-            f"new token, got {attention_mask.shape[1]}"
-        )
-    if torch.compiler.is_compiling():
-        return mask
-    if bool(mask.all()):
-        return None
-    return _read_padding(mask)
 
 
 def attention_function(
@@ -124,6 +70,10 @@ def attention_function(
             )
     if kwargs.get("output_attentions"):
         refuse_output_attentions()
+    if kwargs.get("is_causal") is False:
+        raise NotImplementedError(
+            "is_causal: expected True, got False; unpatch_model(model) for bidirectional attention"
+        )
     call = _Call(
         settings, dropout, scaling, kwargs.get("softcap"), kwargs.get(_LAYER_ARGUMENT), module
     )
@@ -148,7 +98,9 @@ def cache_hook(
         cache = args[settings.cache_position]
         if cache is None:
             return None
-    layers = cache.layers
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        return None
     index = settings.layer_idx
     layer = layers[index] if index < len(layers) else None
     if type(layer) is not SparseCacheLayer:
@@ -198,7 +150,8 @@ class _Call:
         """Attention of rows without padding: [B, Lq, Hq, Dv]."""
         settings = self.settings
         if settings.dense or q.shape[3] != v.shape[3]:
-            # Keys and values of different sizes (multi-head latent attention) stay dense and exact.
+            if not settings.dense:
+                _warn_latent(module=self.module)
             out = dense_attention(
                 q,
                 k,
@@ -269,6 +222,16 @@ class _Call:
         self.settings.density.add(phase, index, Lq, Lk, q.shape[0] * q.shape[1])
 
 
+def _warn_latent(module: nn.Module) -> None:
+    if not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{type(module).__name__} has keys and values of different sizes (multi-head latent "
+            "attention); it stays dense and exact",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
 def _decoding(Lq: int, Lk: int) -> bool:
     return Lq < Lk and Lq <= MAX_DECODE_QUERIES
 
@@ -277,10 +240,17 @@ def _padded(call: _Call, q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> T
     """Row by row on the valid span, so that a padded row is computed as the same row alone."""
     B, Hq, Lq, _ = q.shape
     first = k.shape[2] - Lq
-    if len(padding.spans) != B:
+    if (len(padding.spans), padding.length) != (B, k.shape[2]):
         raise ValueError(
-            f"attention_mask: expected {B} rows as in the input, got {len(padding.spans)}"
+            f"attention_mask: expected {B} rows of {k.shape[2]} keys as in the input, got "
+            f"{len(padding.spans)} rows of {padding.length}"
         )
+    if call.settings.dense and call.settings.density is None and padding.kv_start is not None:
+        together = padded_attention(
+            q, k, v, padding.kv_start, call.scale, call.softcap, call.settings.window
+        )
+        if together is not None:
+            return together.transpose(1, 2)
     out = q.new_zeros(B, Lq, Hq, v.shape[3])
     for b, (start, end) in enumerate(padding.spans):
         row0, row1 = max(start - first, 0), end - first
@@ -305,51 +275,6 @@ def _compiled_padding(call: _Call, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
             "attention_mask and give prompts of one length, or do not compile"
         )
     return masked_attention(q, k, v, mask, call.scale, settings.window).transpose(1, 2)
-
-
-def _read_padding(mask: Tensor) -> Padding:
-    """Spans of valid keys of bool [B, L], with one read on the host."""
-    L = mask.shape[1]
-    numbers = mask.to(torch.int32)
-    first = numbers.argmax(1)
-    last = L - 1 - numbers.flip(1).argmax(1)
-    spans = []
-    for b, (start, end, valid) in enumerate(
-        torch.stack([first, last, numbers.sum(1)], dim=1).tolist()
-    ):
-        if valid and end + 1 - start != valid:
-            raise NotImplementedError(
-                f"attention_mask: expected the valid tokens of row {b} in one run, got {valid} in "
-                f"[{start}, {end + 1}); pad on the left, and do not generate behind right padding"
-            )
-        spans.append((start, end + 1) if valid else (0, 0))
-    return Padding(tuple(spans))
-
-
-def _plain(
-    mask: Callable[..., Any], length: int, padding: Tensor | None, kwargs: dict[str, Any]
-) -> bool:
-    """Whether a mask that transformers marks as special is causal after all.
-
-    Without a cache, older versions mark every forward as packed: its mask is plain if the last
-    query sees every key, every query the first one, and none the key after it.
-    """
-    if padding is not None or torch.compiler.is_compiling():
-        return False
-    position = kwargs.get("cache_position")
-    if position is None or position.shape[0] != length:
-        return False
-    device = position.device
-    keys = torch.arange(length, device=device)
-    window = kwargs.get("local_size") or length
-    zero = torch.zeros((), dtype=torch.long, device=device)
-    plain = []
-    for row in range(int(kwargs.get("batch_size", 1))):
-        b = zero + row
-        plain.append((mask(b, zero, zero + length - 1, keys[-window:]) != 0).all())
-        plain.append((mask(b, zero, keys[:window], zero) != 0).all())
-        plain.append(~((mask(b, zero, keys[:-1], keys[1:]) != 0).any()))
-    return bool(torch.stack(plain).all())
 
 
 def _install(cache: Any, index: int) -> SparseCacheLayer | None:
@@ -385,7 +310,8 @@ def _unsettled(
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, None]:
     """A module that was not patched: bidirectional ones run as before, the others are an error."""
-    if not kwargs.get("is_causal", getattr(module, "is_causal", True)):
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True))
+    if not causal and not isinstance(mask, Padding):
         sdpa = AttentionInterface()["sdpa"]
         return sdpa(module, q, k, v, mask, dropout=dropout, scaling=scaling, **kwargs)
     raise RuntimeError(

@@ -72,6 +72,29 @@ def masked_attention(
     return torch.where(visible.any(-1, keepdim=True), out, 0.0).to(q.dtype)
 
 
+def padded_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kv_start: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int,
+) -> Tensor | None:
+    """A left-padded batch in one call of a compiled backend, or None where rows go one by one.
+
+    Args:
+        q, k, v, scale, softcap, window: as in `dense_attention`.
+        kv_start: int32 [B]; the first valid key of each row.
+    """
+    plain_prompt = q.shape[2] == k.shape[2] and not softcap and not window
+    if plain_prompt or not _kernel_supports(q, k, v):
+        return None
+    return attention(  # type: ignore[return-value]
+        q, k, v, scale=scale, softcap=softcap, window=window or None, kv_start=kv_start
+    )
+
+
 def _kernel_supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether a compiled backend of `lowcontext.attention` takes this call."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -104,13 +105,30 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
-def make_settings(module: nn.Module, model: PreTrainedModel, method: Method) -> LayerSettings:
-    """The settings of one attention module of `model`."""
+def make_settings(
+    modules: list[nn.Module], model: PreTrainedModel, method: Method
+) -> list[LayerSettings]:
+    """The settings of each attention module of `model`."""
+    windows = layer_windows(model.config)
+    settings = [_settings_of(module, model, method, windows) for module in modules]
+    if all(s.window for s in settings) and not isinstance(method, method_class("dense")):
+        warnings.warn(
+            f"every layer of {type(model).__name__} has a sliding window and stays dense: "
+            f"{method} changes nothing",
+            UserWarning,
+            stacklevel=4,
+        )
+    return settings
+
+
+def _settings_of(
+    module: nn.Module, model: PreTrainedModel, method: Method, windows: dict[int, int]
+) -> LayerSettings:
     config = model.config
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
     cache_name = next(name for name in _CACHE_NAMES if name in parameters)
     layer_idx = int(module.layer_idx)  # type: ignore[arg-type]
-    window = layer_windows(config).get(layer_idx, 0)
+    window = windows.get(layer_idx, 0)
     return LayerSettings(
         method=method,
         layer_idx=layer_idx,
@@ -145,6 +163,10 @@ def _refuse_config(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"model: {kind} is an encoder-decoder model; only decoder-only models can be patched"
+        )
+    if getattr(config, "is_causal", True) is False:
+        raise NotImplementedError(
+            f"model: {kind} is configured with is_causal=False; only causal attention can be sparse"
         )
     types = getattr(config, "layer_types", None)
     chunked = (

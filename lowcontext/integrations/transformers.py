@@ -16,7 +16,6 @@ from lowcontext.integrations._attention import (
     NAME,
     attention_function,
     cache_hook,
-    mask_function,
     model_hook,
 )
 from lowcontext.integrations._families import (
@@ -26,6 +25,7 @@ from lowcontext.integrations._families import (
     patched_modules,
     text_model,
 )
+from lowcontext.integrations._masks import mask_function
 from lowcontext.methods import Method, combine
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -91,12 +91,12 @@ def patch_model(
     modules = attention_modules(target)
     if verify:
         reference = _verify.outputs(target)
-        _attach(target, modules, _verify.Everything())
+        _attach(model, target, modules, _verify.Everything())
         try:
             _verify.compare(reference, _verify.outputs(target))
         finally:
             unpatch_model(model)
-    _attach(target, modules, chosen)
+    _attach(model, target, modules, chosen)
     return model
 
 
@@ -117,7 +117,7 @@ def unpatch_model(model: ModelT) -> ModelT:
         raise ValueError("model: expected a model patched by patch_model, got an unpatched one")
     target = text_model(model)
     previous = modules[0].__dict__[ATTRIBUTE].previous
-    _detach(target, modules)
+    _detach(model)
     target.set_attn_implementation(previous)
     return model
 
@@ -139,8 +139,10 @@ def patched(
         unpatch_model(model)
 
 
-def _attach(target: PreTrainedModel, modules: list[nn.Module], method: Method) -> None:
-    settings = [make_settings(module, target, method) for module in modules]
+def _attach(
+    model: nn.Module, target: PreTrainedModel, modules: list[nn.Module], method: Method
+) -> None:
+    settings = make_settings(modules, target, method)
     target.set_attn_implementation(NAME)
     # transformers only logs a warning for a class that does not use the interface.
     ignored = [m for m in modules if getattr(m, "config", None) is not target.config]
@@ -153,11 +155,12 @@ def _attach(target: PreTrainedModel, modules: list[nn.Module], method: Method) -
     for module, setting in zip(modules, settings, strict=True):
         setattr(module, ATTRIBUTE, setting)
         module.register_forward_pre_hook(cache_hook, with_kwargs=True)
-    target.register_forward_pre_hook(model_hook, with_kwargs=True)
+    outermost = next(m for m in model.modules() if isinstance(m, PreTrainedModel))
+    outermost.register_forward_pre_hook(model_hook, with_kwargs=True)
 
 
-def _detach(target: PreTrainedModel, modules: list[nn.Module]) -> None:
-    for module in [target, *modules]:
+def _detach(model: nn.Module) -> None:
+    for module in model.modules():
         module.__dict__.pop(ATTRIBUTE, None)
         # By function and not by handle: a copied or unpickled model has the hooks but no handles.
         for key, hook in list(module._forward_pre_hooks.items()):

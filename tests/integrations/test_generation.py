@@ -72,6 +72,20 @@ def test_speculative_decoding_equals_the_unpatched_model(family: str, mode: str)
     assert torch.equal(greedy(patched, ids, new=12, attention_mask=mask, **arguments), expected)
 
 
+@pytest.mark.parametrize("method", ["quest", "streaming_llm"])
+def test_speculative_decoding_with_a_sparse_method_equals_decoding_one_by_one(method: str) -> None:
+    _, model = both("llama", method, **SPARSE[method])
+    ids = prompt(20).repeat(1, 2)
+    expected = greedy(model, ids, new=12)
+    mask = torch.ones_like(ids)
+    for arguments in (
+        {"assistant_model": tiny("llama", seed=5, num_hidden_layers=1)},
+        {"prompt_lookup_num_tokens": 4},
+    ):
+        got = greedy(model, ids, new=12, attention_mask=mask, **arguments)
+        assert torch.equal(got, expected)
+
+
 def test_an_assistant_may_be_patched_as_well() -> None:
     plain, patched = both("llama", "streaming_llm", sink=2, window=8, block_q=1, block_k=8)
     ids = prompt(40)
