@@ -1,6 +1,24 @@
 """Long-context evaluation: the retrieval checkpoint, the needle task, its runner, scores, plots.
 
 Nothing here knows how a model was patched: everything takes a model object.
+
+Example:
+    >>> import tempfile
+    >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+    >>> folder = write_retrieval_checkpoint(tempfile.mkdtemp())
+    >>> model = AutoModelForCausalLM.from_pretrained(folder)
+    >>> tokenizer = AutoTokenizer.from_pretrained(folder)
+    >>> sample = make_sample(tokenizer, NeedleTask("multikey"), length=512, depth=50, seed=0)
+    >>> len(sample.input_ids), sample.expected in sample.prompt
+    (496, True)
+    >>> grid = NeedleGrid(lengths=(256, 512), depths=(0, 100))
+    >>> rows = list(run_needle(model, tokenizer, grid, out=folder / "needle.jsonl"))
+    >>> read_rows(folder / "needle.jsonl") == rows
+    True
+    >>> [(line.method, line.length, line.accuracy) for line in summarize(rows)]
+    [('dense', 256, 1.0), ('dense', 512, 1.0)]
+    >>> plot_needle(rows, folder / "needle.png").name
+    'needle.png'
 """
 
 from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample

@@ -111,10 +111,6 @@ def run_needle(
     Raises:
         ValueError: If a length exceeds the model's positions, if the tokenizer has no
             end-of-sequence token, or if ``out`` cannot be written.
-
-    Example:
-        >>> grid = NeedleGrid(lengths=(1024,), depths=(0, 50, 100))
-        >>> rows = list(run_needle(model, tokenizer, grid))  # doctest: +SKIP
     """
     _check(model, tokenizer, grid)
     book = RowFile(out) if out is not None else None
