@@ -195,3 +195,24 @@ def test_a_tokenizer_without_an_end_is_refused(model: Any, checkpoint: Path) -> 
 def test_a_grid_that_cannot_run_is_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         replace(GRID, **change)
+
+
+def test_another_architecture_runs_and_answers_wrong_without_training(tokenizer: Any) -> None:
+    import torch
+    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        vocab_size=4096,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    grid = NeedleGrid(lengths=(200,), depths=(50.0,))
+    (row,) = run_needle(GPTNeoXForCausalLM(config).eval(), tokenizer, grid)
+    assert not row.correct
+    assert 1 <= row.new_tokens <= grid.answer_room
