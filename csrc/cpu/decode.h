@@ -120,8 +120,9 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
   const T* k = head_base<T>(p.k, item.batch, kv_head(p, plan, item));
   const T* v = head_base<T>(p.v, item.batch, kv_head(p, plan, item));
   const Vec query_factor = set1(query_scale(p));
-  for (int64_t r = 0; r < R; ++r) {
-    const T* row = r < lanes ? query_row<T>(p, plan, item, r) : nullptr;
+  LaneCursor queries(p, plan, item);
+  for (int64_t r = 0; r < R; ++r, queries.advance()) {
+    const T* row = r < lanes ? queries.query<T>() : nullptr;
     for (int64_t d = 0; d < head_dim; d += kWidth) {
       store(scratch.q + r * stride + d,
             row == nullptr ? set1(0.0f) : load_first(row + d, head_dim - d) * query_factor);
@@ -200,7 +201,8 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
   store(maxima, maximum);
   store(sums, sum);
   const int64_t capacity = plan.max_lanes();
-  for (int64_t r = 0; r < lanes; ++r) {
+  LaneCursor cursor(p, plan, item);
+  for (int64_t r = 0; r < lanes; ++r, cursor.advance()) {
     float total = sums[r * K];
     for (int i = 1; i < K; ++i) total += sums[r * K + i];
     const float* o = scratch.o + r * stride;
@@ -212,10 +214,10 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
       partial[capacity * (head_dim + 1) + r] = total;
     } else {
       const Vec scale = set1(total == 0.0f ? 0.0f : 1.0f / total);
-      T* out = output_row<T>(p, plan, item, r);
+      T* out = cursor.output<T>();
       for (int64_t d = 0; d < head_dim; d += kWidth)
         store_first(out + d, load(o + d) * scale, head_dim - d);
-      *lse_of_lane(p, plan, item, r) = log_sum(maxima[r * K], total);
+      *cursor.lse() = log_sum(maxima[r * K], total);
     }
   }
 }

@@ -36,22 +36,23 @@ size_t scratch_floats(const Problem& p, const Plan& plan) {
 }
 
 template <typename T>
-void run_as(const Problem& p, const Plan& plan, const Item& item, float* scratch, float* partial) {
+void run_as(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue, float* scratch,
+            float* partial) {
   if (plan.decode) return run_decode<T>(p, plan, item, scratch, partial);
-  run_panels<T>(p, plan, item, scratch, partial);
+  run_panels<T>(p, plan, item, queue, scratch, partial);
 }
 
-void run_item(const Problem& p, const Plan& plan, const Item& item, float* scratch,
-              float* partial) {
+void run_item(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue,
+              float* scratch, float* partial) {
   if (item.rows == 0) return;
   const FlushSubnormals guard;
   switch (p.dtype) {
     case DType::kFloat32:
-      return run_as<float>(p, plan, item, scratch, partial);
+      return run_as<float>(p, plan, item, queue, scratch, partial);
     case DType::kBFloat16:
-      return run_as<BFloat16>(p, plan, item, scratch, partial);
+      return run_as<BFloat16>(p, plan, item, queue, scratch, partial);
     case DType::kFloat16:
-      return run_as<Float16>(p, plan, item, scratch, partial);
+      return run_as<Float16>(p, plan, item, queue, scratch, partial);
   }
 }
 

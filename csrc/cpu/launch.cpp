@@ -1,7 +1,6 @@
 #include "launch.h"
 
 #include <algorithm>
-#include <atomic>
 #include <cstdlib>
 #include <new>
 
@@ -64,18 +63,19 @@ void launch(const Problem& p) {
     std::fill(finished, finished + groups, 0);
   }
 
-  std::atomic<int64_t> next{0};
+  int64_t counter = 0;
   const auto work = [&](int64_t, int64_t) {
     float* scratch = thread_scratch().get(scratch_floats);
-    for (;;) {
-      const int64_t i = next.fetch_add(1, std::memory_order_relaxed);
-      if (i >= plan.items) return;
-      const Item item = get_item(p, plan, i);
+    ItemQueue queue(p, plan, &counter);
+    while (const Item* next = queue.peek()) {
+      const Item item = *next;
+      const int64_t i = queue.index();
+      queue.pop();
       if (plan.splits == 1) {
-        kernels.run(p, plan, item, scratch, nullptr);
+        kernels.run(p, plan, item, queue, scratch, nullptr);
         continue;
       }
-      kernels.run(p, plan, item, scratch, partials + i * partial_floats);
+      kernels.run(p, plan, item, queue, scratch, partials + i * partial_floats);
       int32_t* count = finished + item.first_item / plan.splits;
       if (__atomic_add_fetch(count, 1, __ATOMIC_ACQ_REL) == plan.splits) {
         kernels.combine(p, plan, item, scratch, partials + item.first_item * partial_floats);

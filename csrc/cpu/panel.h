@@ -29,22 +29,29 @@ constexpr int64_t kStep =
 template <int M, int NV>
 void score_rows(const float* k, int64_t stride, const float* q, int64_t head_dim, float* s) {
   Vec acc[M][NV];
+  LC_UNROLL
   for (int i = 0; i < M; ++i) {
+    LC_UNROLL
     for (int j = 0; j < NV; ++j) acc[i][j] = set1(0.0f);
   }
   // One pointer for three rows: the rest are addressing modes of it.
   const float* rows[(M + 2) / 3];
+  LC_UNROLL
   for (int i = 0; i < (M + 2) / 3; ++i) rows[i] = k + 3 * i * stride;
   for (int64_t d = 0; d < head_dim; ++d) {
     Vec b[NV];
+    LC_UNROLL
     for (int j = 0; j < NV; ++j) b[j] = load(q + d * kLanes + j * kWidth);
-#pragma GCC unroll 12
+    LC_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec a = set1(rows[i / 3][(i % 3) * stride + d]);
+      LC_UNROLL
       for (int j = 0; j < NV; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
     }
   }
+  LC_UNROLL
   for (int i = 0; i < M; ++i) {
+    LC_UNROLL
     for (int j = 0; j < NV; ++j) store(s + i * kLanes + j * kWidth, acc[i][j]);
   }
 }
@@ -55,25 +62,29 @@ template <int M, int NV>
 void accumulate_rows(const float* v, int64_t stride, const float* p, int64_t keys,
                      const float* alpha, float* o) {
   Vec acc[M][NV];
+  LC_UNROLL
   for (int j = 0; j < NV; ++j) {
-    if (alpha == nullptr) {
-      for (int i = 0; i < M; ++i) acc[i][j] = set1(0.0f);
-    } else {
-      const Vec a = load(alpha + j * kWidth);
-      for (int i = 0; i < M; ++i) acc[i][j] = load(o + i * kLanes + j * kWidth) * a;
+    const Vec a = alpha == nullptr ? set1(0.0f) : load(alpha + j * kWidth);
+    LC_UNROLL
+    for (int i = 0; i < M; ++i) {
+      acc[i][j] = alpha == nullptr ? a : load(o + i * kLanes + j * kWidth) * a;
     }
   }
   for (int64_t key = 0; key < keys; ++key) {
     Vec b[NV];
+    LC_UNROLL
     for (int j = 0; j < NV; ++j) b[j] = load(p + key * kLanes + j * kWidth);
-#pragma GCC unroll 12
+    LC_UNROLL
     for (int i = 0; i < M; ++i) {
       const Vec a = set1(v[i]);
+      LC_UNROLL
       for (int j = 0; j < NV; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
     }
     v += stride;
   }
+  LC_UNROLL
   for (int i = 0; i < M; ++i) {
+    LC_UNROLL
     for (int j = 0; j < NV; ++j) store(o + i * kLanes + j * kWidth, acc[i][j]);
   }
 }
@@ -97,28 +108,21 @@ void accumulate_tail(int64_t m, const float* v, int64_t stride, const float* p, 
   }
 }
 
-// Brings the rows of the next step into the level-2 cache, a few at a time between blocks of
-// arithmetic.
-template <typename T>
+// Brings rows that are needed next into the level-2 cache, a few at a time between blocks of
+// arithmetic: in one burst they would wait for each other.
 struct RowPrefetcher {
-  const T* k;
-  const T* v;
-  int64_t k_stride, v_stride;
-  int64_t bytes;  // of a row
-  const int32_t* positions;
-  int64_t count;
-  int64_t per_call;
+  const char** rows;
+  int64_t row_bytes;
+  int64_t count = 0;
   int64_t done = 0;
+  int64_t per_call = 0;
 
+  LC_INLINE void add(const void* row) { rows[count++] = static_cast<const char*>(row); }
+  LC_INLINE void spread(int64_t calls) { per_call = (count + calls - 1) / max64(1, calls); }
   LC_INLINE void step() {
     const int64_t stop = min64(count, done + per_call);
     for (; done < stop; ++done) {
-      const char* a = reinterpret_cast<const char*>(k + positions[done] * k_stride);
-      const char* b = reinterpret_cast<const char*>(v + positions[done] * v_stride);
-      for (int64_t i = 0; i < bytes; i += 64) {
-        prefetch_l2(a + i);
-        prefetch_l2(b + i);
-      }
+      for (int64_t i = 0; i < row_bytes; i += 64) prefetch_l2(rows[done] + i);
     }
   }
 };
@@ -129,6 +133,7 @@ struct PanelScratch {
   float* s;              // [kStep, kLanes]
   float *k, *v;          // [kStep, row_stride]
   int32_t* positions;    // [2, kStep]
+  const char** rows;     // [2 * kStep + 2 * lanes]
 
   static int64_t panels(const Plan& plan) { return (plan.max_lanes() + kLanes - 1) / kLanes; }
   // An odd number of cache lines: the rows of a step then spread over all sets of the level-1
@@ -137,7 +142,8 @@ struct PanelScratch {
   static size_t floats(const Problem& p, const Plan& plan) {
     const int64_t n = panels(plan);
     return static_cast<size_t>(2 * n * (p.head_dim + 1) * kLanes +
-                               kStep * (kLanes + 2 * row_stride(p.head_dim) + 2));
+                               kStep * (kLanes + 2 * row_stride(p.head_dim) + 2) +
+                               2 * (2 * kStep + 2 * n * kLanes));
   }
   PanelScratch(const Problem& p, const Plan& plan, float* base) {
     const int64_t n = panels(plan);
@@ -149,6 +155,7 @@ struct PanelScratch {
     k = s + kStep * kLanes;
     v = k + kStep * row_stride(p.head_dim);
     positions = reinterpret_cast<int32_t*>(v + kStep * row_stride(p.head_dim));
+    rows = reinterpret_cast<const char**>(positions + 2 * kStep);
   }
 };
 
@@ -157,11 +164,13 @@ template <typename T>
 void pack_queries(const Problem& p, const Plan& plan, const Item& item, float* out) {
   const int64_t lanes = item.rows * plan.group;
   const Vec scale = set1(query_scale(p));
+  LaneCursor cursor(p, plan, item);
   for (int64_t lane = 0; lane < lanes; lane += kWidth) {
     float* base = out + lane / kLanes * (p.head_dim * kLanes) + lane % kLanes;
     const T* rows[kWidth];
-    for (int i = 0; i < kWidth; ++i)
-      rows[i] = lane + i < lanes ? query_row<T>(p, plan, item, lane + i) : nullptr;
+    for (int i = 0; i < kWidth; ++i, cursor.advance()) {
+      rows[i] = lane + i < lanes ? cursor.query<T>() : nullptr;
+    }
     for (int64_t d = 0; d < p.head_dim; d += kWidth) {
       Vec block[kWidth];
       for (int i = 0; i < kWidth; ++i) {
@@ -202,9 +211,9 @@ struct PanelStep {
   int64_t last_lane;
 };
 
-template <int NV, typename T>
+template <int NV>
 void run_panel(const Problem& p, const Plan& plan, const PanelStep& step, const float* q, float* s,
-               float* maximum, float* sum, float* o, RowPrefetcher<T>& next) {
+               float* maximum, float* sum, float* o, RowPrefetcher& next) {
   const int64_t group = plan.group;
   const int64_t first_position = step.row0 + step.first_lane / group;
   const int64_t last_position = step.row0 + step.last_lane / group;
@@ -253,11 +262,28 @@ void run_panel(const Problem& p, const Plan& plan, const PanelStep& step, const 
     }
   }
 
-  Vec top[NV], base[NV], total[NV];
-  for (int j = 0; j < NV; ++j) top[j] = step.first ? set1(-kInfinity) : load(maximum + j * kWidth);
-  for (i = 0; i < keys; ++i) {
-    for (int j = 0; j < NV; ++j) top[j] = max(top[j], load(s + i * kLanes + j * kWidth));
+  // Four running maxima: one would wait for its own latency.
+  Vec tops[4][NV], top[NV], base[NV], total[NV];
+  LC_UNROLL
+  for (int j = 0; j < NV; ++j) {
+    const Vec start = step.first ? set1(-kInfinity) : load(maximum + j * kWidth);
+    for (auto& each : tops) each[j] = start;
   }
+  for (i = 0; i + 4 <= keys; i += 4) {
+    LC_UNROLL
+    for (int a = 0; a < 4; ++a) {
+      LC_UNROLL
+      for (int j = 0; j < NV; ++j)
+        tops[a][j] = max(tops[a][j], load(s + (i + a) * kLanes + j * kWidth));
+    }
+  }
+  for (; i < keys; ++i) {
+    LC_UNROLL
+    for (int j = 0; j < NV; ++j) tops[0][j] = max(tops[0][j], load(s + i * kLanes + j * kWidth));
+  }
+  LC_UNROLL
+  for (int j = 0; j < NV; ++j)
+    top[j] = max(max(tops[0][j], tops[1][j]), max(tops[2][j], tops[3][j]));
   float alpha[kLanes];
   for (int j = 0; j < NV; ++j) {
     // A lane that has seen no key subtracts 0: 2^(-inf) = 0, with no inf - inf.
@@ -295,6 +321,7 @@ void unpack_output(const Problem& p, const Plan& plan, const Item& item,
                    const PanelScratch& scratch, bool empty, float* partial) {
   const int64_t lanes = item.rows * plan.group;
   const int64_t capacity = plan.max_lanes();
+  LaneCursor cursor(p, plan, item);
   for (int64_t lane = 0; lane < lanes; lane += kWidth) {
     const int64_t n = min64(kWidth, lanes - lane);
     const float* base = scratch.o + lane / kLanes * (p.head_dim * kLanes) + lane % kLanes;
@@ -302,6 +329,12 @@ void unpack_output(const Problem& p, const Plan& plan, const Item& item,
     for (int i = 0; i < kWidth; ++i) {
       sum[i] = empty ? 0.0f : scratch.sum[lane + i];
       maximum[i] = empty ? -kInfinity : scratch.maximum[lane + i];
+    }
+    T* rows[kWidth];
+    float* lse[kWidth];
+    for (int64_t i = 0; i < n; ++i, cursor.advance()) {
+      rows[i] = cursor.output<T>();
+      lse[i] = cursor.lse();
     }
     const Vec total = load(sum), zero = set1(0.0f);
     const Vec scale = partial != nullptr ? set1(1.0f) : set1(1.0f) / total;
@@ -321,7 +354,7 @@ void unpack_output(const Problem& p, const Plan& plan, const Item& item,
         if (partial != nullptr) {
           store_first(partial + (lane + i) * p.head_dim + d, block[i], width);
         } else {
-          store_first(output_row<T>(p, plan, item, lane + i) + d, block[i], width);
+          store_first(rows[i] + d, block[i], width);
         }
       }
     }
@@ -330,14 +363,37 @@ void unpack_output(const Problem& p, const Plan& plan, const Item& item,
         partial[capacity * p.head_dim + lane + i] = maximum[i];
         partial[capacity * (p.head_dim + 1) + lane + i] = sum[i];
       } else {
-        *lse_of_lane(p, plan, item, lane + i) = log_sum(maximum[i], sum[i]);
+        *lse[i] = log_sum(maximum[i], sum[i]);
       }
     }
   }
 }
 
+// The rows that the item after this one reads first, and the output rows of this one.
 template <typename T>
-void run_panels(const Problem& p, const Plan& plan, const Item& item, float* base, float* partial) {
+void add_next_item(const Problem& p, const Plan& plan, const Item& item, const Item& next,
+                   int32_t* positions, RowPrefetcher& prefetcher) {
+  LaneCursor output(p, plan, item);
+  for (int64_t i = 0; i < item.rows * plan.group; ++i, output.advance()) {
+    prefetcher.add(output.output<T>());
+  }
+  LaneCursor query(p, plan, next);
+  for (int64_t i = 0; i < next.rows * plan.group; ++i, query.advance()) {
+    prefetcher.add(query.query<T>());
+  }
+  const T* k = head_base<T>(p.k, next.batch, kv_head(p, plan, next));
+  const T* v = head_base<T>(p.v, next.batch, kv_head(p, plan, next));
+  KeyWalker walker(p, plan, next);
+  const int64_t keys = walker.next(positions, kStep);
+  for (int64_t i = 0; i < keys; ++i) {
+    prefetcher.add(k + positions[i] * p.k.stride_l);
+    prefetcher.add(v + positions[i] * p.v.stride_l);
+  }
+}
+
+template <typename T>
+void run_panels(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue, float* base,
+                float* partial) {
   const PanelScratch scratch(p, plan, base);
   const int64_t lanes = item.rows * plan.group;
   const int64_t panels = (lanes + kLanes - 1) / kLanes;
@@ -357,32 +413,29 @@ void run_panels(const Problem& p, const Plan& plan, const Item& item, float* bas
   step.stride = stride;
   step.row0 = p.kv_len - p.q_len + item.row;
   step.first = true;
-  const int64_t calls = panels * (kStep / kPanelRows + p.head_dim / kPanelRows);
   while (keys > 0) {
     const int64_t keys_then = walker.next(then, kStep);
     gather_rows(k, p.k.stride_l, now, keys, p.head_dim, scratch.k, stride);
     gather_rows(v, p.v.stride_l, now, keys, p.head_dim, scratch.v, stride);
-    RowPrefetcher<T> next{k,
-                          v,
-                          p.k.stride_l,
-                          p.v.stride_l,
-                          p.head_dim * static_cast<int64_t>(sizeof(T)),
-                          then,
-                          keys_then,
-                          (keys_then + calls - 1) / max64(1, calls)};
+    RowPrefetcher prefetcher{scratch.rows, p.head_dim * static_cast<int64_t>(sizeof(T))};
+    for (int64_t i = 0; i < keys_then; ++i) {
+      prefetcher.add(k + then[i] * p.k.stride_l);
+      prefetcher.add(v + then[i] * p.v.stride_l);
+    }
+    if (keys_then == 0) {
+      const Item* next = queue.peek();
+      if (next != nullptr) add_next_item<T>(p, plan, item, *next, then, prefetcher);
+    }
+    prefetcher.spread(panels * (keys / kPanelRows + p.head_dim / kPanelRows));
     step.positions = now;
     step.keys = keys;
     for (int64_t i = 0; i < panels; ++i) {
       step.first_lane = i * kLanes;
       step.last_lane = min64(lanes, (i + 1) * kLanes) - 1;
       const int64_t at = i * p.head_dim * kLanes;
-      if (step.last_lane - step.first_lane < kWidth) {
-        run_panel<1>(p, plan, step, scratch.q + at, scratch.s, scratch.maximum + i * kLanes,
-                     scratch.sum + i * kLanes, scratch.o + at, next);
-      } else {
-        run_panel<2>(p, plan, step, scratch.q + at, scratch.s, scratch.maximum + i * kLanes,
-                     scratch.sum + i * kLanes, scratch.o + at, next);
-      }
+      const auto run = step.last_lane - step.first_lane < kWidth ? run_panel<1> : run_panel<2>;
+      run(p, plan, step, scratch.q + at, scratch.s, scratch.maximum + i * kLanes,
+          scratch.sum + i * kLanes, scratch.o + at, prefetcher);
     }
     step.first = false;
     int32_t* swap = now;

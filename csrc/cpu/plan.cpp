@@ -88,4 +88,13 @@ Item get_item(const Problem& p, const Plan& plan, int64_t i) {
   return item;
 }
 
+const Item* ItemQueue::peek() {
+  if (!taken_) {
+    index_ = __atomic_fetch_add(counter_, 1, __ATOMIC_RELAXED);
+    taken_ = true;
+    if (index_ < plan_.items) item_ = get_item(problem_, plan_, index_);
+  }
+  return index_ < plan_.items ? &item_ : nullptr;
+}
+
 }  // namespace lowcontext

@@ -36,6 +36,28 @@ struct Item {
   int64_t batch, head, block, row, rows, split, first_item;
 };
 
+// Where a thread takes its items from. A kernel may look at the item after its own, to bring its
+// memory into the cache: the thread then has taken that item, and runs it next.
+class ItemQueue {
+ public:
+  // counter: the next item that no thread has taken.
+  ItemQueue(const Problem& problem, const Plan& plan, int64_t* counter)
+      : problem_(problem), plan_(plan), counter_(counter) {}
+
+  // The next item, or null; the same until pop().
+  const Item* peek();
+  void pop() { taken_ = false; }
+  int64_t index() const { return index_; }
+
+ private:
+  const Problem& problem_;
+  const Plan& plan_;
+  int64_t* counter_;
+  bool taken_ = false;
+  int64_t index_ = 0;
+  Item item_;
+};
+
 // Limits that depend on the kernel's vector width.
 struct KernelShape {
   int64_t decode_lanes;  // at most this many lanes go to the decode kernel
@@ -47,7 +69,8 @@ struct KernelTable {
   KernelShape shape;
   size_t (*scratch_floats)(const Problem&, const Plan&);
   // Computes an item: into the output when the plan has one split, else into partial.
-  void (*run)(const Problem&, const Plan&, const Item&, float* scratch, float* partial);
+  void (*run)(const Problem&, const Plan&, const Item&, ItemQueue& queue, float* scratch,
+              float* partial);
   // Merges the partial results of all splits of an item into the output.
   void (*combine)(const Problem&, const Plan&, const Item&, float* scratch, const float* partials);
 };

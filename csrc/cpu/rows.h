@@ -14,25 +14,40 @@ LC_INLINE int64_t kv_head(const Problem& p, const Plan& plan, const Item& item) 
   return item.head * plan.group / (p.q_heads / p.kv_heads);
 }
 
-LC_INLINE int64_t output_index(const Problem& p, const Plan& plan, const Item& item, int64_t lane) {
-  const int64_t h = item.head * plan.group + lane % plan.group;
-  return (item.batch * p.q_heads + h) * p.q_len + item.row + lane / plan.group;
-}
+// Goes through the lanes of an item: heads of the group innermost, rows outermost. A cursor and not
+// a function of the lane, for the division would cost as much as a cache miss.
+class LaneCursor {
+ public:
+  LaneCursor(const Problem& p, const Plan& plan, const Item& item)
+      : p_(p),
+        group_(plan.group),
+        query_(item.batch * p.q.stride_b + item.head * plan.group * p.q.stride_h +
+               item.row * p.q.stride_l),
+        output_((item.batch * p.q_heads + item.head * plan.group) * p.q_len + item.row) {}
 
-template <typename T>
-LC_INLINE const T* query_row(const Problem& p, const Plan& plan, const Item& item, int64_t lane) {
-  const int64_t h = item.head * plan.group + lane % plan.group;
-  return head_base<T>(p.q, item.batch, h) + (item.row + lane / plan.group) * p.q.stride_l;
-}
+  template <typename T>
+  LC_INLINE const T* query() const {
+    return static_cast<const T*>(p_.q.data) + query_ + head_ * p_.q.stride_h;
+  }
+  template <typename T>
+  LC_INLINE T* output() const {
+    return static_cast<T*>(p_.out) + (output_ + head_ * p_.q_len) * p_.head_dim;
+  }
+  LC_INLINE float* lse() const { return p_.lse + output_ + head_ * p_.q_len; }
+  LC_INLINE void advance() {
+    if (++head_ == group_) {
+      head_ = 0;
+      query_ += p_.q.stride_l;
+      ++output_;
+    }
+  }
 
-template <typename T>
-LC_INLINE T* output_row(const Problem& p, const Plan& plan, const Item& item, int64_t lane) {
-  return static_cast<T*>(p.out) + output_index(p, plan, item, lane) * p.head_dim;
-}
-
-LC_INLINE float* lse_of_lane(const Problem& p, const Plan& plan, const Item& item, int64_t lane) {
-  return p.lse + output_index(p, plan, item, lane);
-}
+ private:
+  const Problem& p_;
+  int64_t group_;
+  int64_t query_, output_;
+  int64_t head_ = 0;
+};
 
 // out = sum_i 2^(m_i - m) o_i / sum_i 2^(m_i - m) l_i with m = max_i m_i, over the splits i.
 template <typename T>
@@ -41,7 +56,8 @@ void combine_splits(const Problem& p, const Plan& plan, const Item& item, float*
   const int64_t lanes = item.rows * plan.group;
   const int64_t capacity = plan.max_lanes();
   const int64_t size = plan.partial_floats(p.head_dim);
-  for (int64_t lane = 0; lane < lanes; ++lane) {
+  LaneCursor cursor(p, plan, item);
+  for (int64_t lane = 0; lane < lanes; ++lane, cursor.advance()) {
     const float* maxima = partials + capacity * p.head_dim + lane;
     const float* sums = maxima + capacity;
     float top = -kInfinity, total = 0.0f;
@@ -53,7 +69,7 @@ void combine_splits(const Problem& p, const Plan& plan, const Item& item, float*
       total += weights[i] * sums[i * size];
     }
     const Vec scale = set1(total == 0.0f ? 0.0f : 1.0f / total);
-    T* out = output_row<T>(p, plan, item, lane);
+    T* out = cursor.output<T>();
     for (int64_t d = 0; d < p.head_dim; d += kWidth) {
       Vec acc = set1(0.0f);
       for (int64_t i = 0; i < plan.splits; ++i) {
@@ -62,7 +78,7 @@ void combine_splits(const Problem& p, const Plan& plan, const Item& item, float*
       }
       store_first(out + d, acc * scale, p.head_dim - d);
     }
-    *lse_of_lane(p, plan, item, lane) = log_sum(top, total);
+    *cursor.lse() = log_sum(top, total);
   }
 }
 

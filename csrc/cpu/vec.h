@@ -11,6 +11,11 @@
 #include "../common/problem.h"
 
 #define LC_INLINE inline __attribute__((always_inline))
+#if defined(__clang__)
+#define LC_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LC_UNROLL _Pragma("GCC unroll 16")
+#endif
 
 namespace lowcontext {
 namespace {
@@ -112,12 +117,6 @@ LC_INLINE Vec select_lt(Vec a, Vec b, Vec x, Vec y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 LC_INLINE bool any_ne(Vec a, Vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NEQ_UQ) != 0; }
-LC_INLINE Vec round_even(Vec a) {
-  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
-// a * 2^n, n integral in [-126, 127].
-LC_INLINE Vec scale_by_exp2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-
 LC_INLINE void transpose(Vec (&r)[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -338,19 +337,28 @@ LC_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_float(tmp[i], p + i);
 }
 
-// 2^x for x <= 127; exactly 0 below -126 (so for -inf); NaN stays NaN. Relative error 1.6e-7.
-LC_INLINE Vec exp2(Vec x) {
-  const Vec low = set1(-126.0f);
-  const Vec clamped = max(low, x);
-  const Vec n = round_even(clamped);
-  const Vec f = clamped - n;  // [-0.5, 0.5]
+// 2^f for f in [-0.5, 0.5], relative error 1.6e-7.
+LC_INLINE Vec exp2_fraction(Vec f) {
   Vec p = set1(0.0013264727f);
   p = fma(p, f, set1(0.0096715130f));
   p = fma(p, f, set1(0.0555073359f));
   p = fma(p, f, set1(0.2402224243f));
   p = fma(p, f, set1(0.6931470037f));
-  p = fma(p, f, set1(1.0f));
-  return select_lt(x, low, set1(0.0f), scale_by_exp2(p, n));
+  return fma(p, f, set1(1.0f));
+}
+
+// 2^x for x <= 127; exactly 0 for -inf; NaN stays NaN; results below 2^-126 may be flushed to 0.
+LC_INLINE Vec exp2(Vec x) {
+#if defined(LOWCONTEXT_ISA_AVX512)
+  // reduce(-inf) is 0 and scalef(1, -inf) is 0: no clamp is needed.
+  const Vec f = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  return {_mm512_scalef_ps(exp2_fraction(f).v, (x - f).v)};
+#else
+  const Vec low = set1(-126.0f);
+  const Vec clamped = max(low, x);
+  const Vec n = round_even(clamped);
+  return select_lt(x, low, set1(0.0f), scale_by_exp2(exp2_fraction(clamped - n), n));
+#endif
 }
 
 // Relative error 3e-7, also near 0: soft caps multiply it by up to 50.
