@@ -43,7 +43,7 @@ class SharedMemory:
 
 
 class SparseCacheLayer(CacheLayerMixin):
-    """Keys and values of one layer in a buffer that grows by an eighth, so that appending is O(1).
+    """Keys and values of one layer in a buffer that grows by a share, so that appending is O(1).
 
     Takes the place of a `DynamicLayer`, which concatenates the whole layer at every token. `keys`
     and `values` are views of the valid part of the buffer; assigning to them replaces the buffer.
@@ -221,7 +221,10 @@ class SparseCacheLayer(CacheLayerMixin):
     def _grow(
         self, old_keys: Tensor, old_values: Tensor, used: int, length: int
     ) -> tuple[Tensor, Tensor]:
-        capacity = length + max(_MIN_GROWTH, length // 8)
+        # Untouched memory costs nothing on a CPU, and copying into fresh pages is slow (0.11 ms per
+        # token at 64K when growing by an eighth); on a GPU it is the other way round.
+        share = 4 if old_keys.device.type == "cpu" else 8
+        capacity = length + max(_MIN_GROWTH, length // share)
         keys = old_keys.new_empty(*old_keys.shape[:2], capacity, old_keys.shape[3])
         values = old_values.new_empty(*old_values.shape[:2], capacity, old_values.shape[3])
         if used:

@@ -42,9 +42,8 @@ def greedy_by_recomputation(model: Any, ids: Tensor, new: int) -> Tensor:
     """Greedy tokens where every step reads the whole sequence again, without a cache."""
     start = ids.shape[1]
     for _ in range(new):
-        scores = logits(model, ids, use_cache=False)[:, -1]
-        scores[:, 2] = -torch.inf
-        ids = torch.cat([ids, scores.argmax(-1, keepdim=True)], dim=1)
+        last = logits(model, ids, use_cache=False)[:, -1]
+        ids = torch.cat([ids, last.argmax(-1, keepdim=True)], dim=1)
     return ids[:, start:]
 
 

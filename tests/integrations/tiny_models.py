@@ -87,6 +87,9 @@ def build(model_class: Callable[[Any], Any], config: Any, seed: int = 0) -> Any:
             if parameter.dim() > 1:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(noise * parameter.shape[-1] ** -0.5)
+    if getattr(model, "generation_config", None) is not None:
+        # No token has this id, so generation always runs to its limit.
+        model.generation_config.eos_token_id = VOCABULARY
     return model
 
 
@@ -116,7 +119,7 @@ def logits(model: Any, ids: Tensor, mask: Tensor | None = None, **kwargs: Any) -
 
 
 def greedy(model: Any, ids: Tensor, new: int = 8, **kwargs: Any) -> Tensor:
-    """Greedy tokens behind the prompt; the end token is never produced, so lengths are equal."""
-    return model.generate(
-        ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0, **kwargs
-    )[:, ids.shape[1] :]
+    """The first `new` greedy tokens behind the prompt; some speculative modes make more."""
+    start = ids.shape[1]
+    arguments = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 0, **kwargs}
+    return model.generate(ids, **arguments)[:, start : start + new]
