@@ -6,8 +6,6 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import TracebackType
-from typing import IO
 
 RowKey = tuple[str, str, str, int, float, int, int]
 
@@ -83,7 +81,7 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
 
 
 class RowFile:
-    """A JSONL file open for appending, each row flushed as it comes.
+    """A JSONL file that grows row by row; closed after each, so a killed run loses none.
 
     Args:
         path: The file; made, with its folders, if missing. An unfinished last line is cut off.
@@ -97,35 +95,21 @@ class RowFile:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.rows: dict[RowKey, NeedleRow] = {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if self.path.exists():
+            with self.path.open("a+b") as file:
                 rows, end = _parse(self.path)
-                self.rows = {row.key: row for row in rows}
-                with self.path.open("r+b") as file:
-                    file.truncate(end)
-            self._file: IO[str] = self.path.open("a", encoding="utf-8")
+                file.truncate(end)
         except OSError as error:
             raise ValueError(
                 f"out: expected a writable file, got {str(path)!r} ({error})"
             ) from error
+        self.rows: dict[RowKey, NeedleRow] = {row.key: row for row in rows}
 
     def append(self, row: NeedleRow) -> None:
-        """Writes one row and flushes it."""
-        self._file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
-        self._file.flush()
-
-    def __enter__(self) -> RowFile:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._file.close()
+        """Adds one row."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
 
 
 def _parse(path: Path) -> tuple[list[NeedleRow], int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,16 +119,15 @@ def run_needle(
 def _rows(runner: _Runner, book: RowFile | None, progress: Progress | None) -> Iterator[NeedleRow]:
     cells = runner.grid.cells()
     known = book.rows if book else {}
-    with book or nullcontext():
-        for done, cell in enumerate(cells, start=1):
-            row = known.get(runner.key(*cell))
-            if row is None:
-                row = runner.run(*cell)
-                if book:
-                    book.append(row)
-            if progress:
-                progress(done, len(cells), row)
-            yield row
+    for done, cell in enumerate(cells, start=1):
+        row = known.get(runner.key(*cell))
+        if row is None:
+            row = runner.run(*cell)
+            if book:
+                book.append(row)
+        if progress:
+            progress(done, len(cells), row)
+        yield row
 
 
 class _Clock:

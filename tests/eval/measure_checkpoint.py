@@ -32,9 +32,9 @@ def chunked_attention(
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
     out = torch.empty_like(q)
-    columns = torch.arange(k.shape[2])
+    columns = torch.arange(k.shape[2], device=k.device)
     for start in range(0, q.shape[2], ROWS):
-        rows = torch.arange(start, min(start + ROWS, q.shape[2]))[:, None]
+        rows = torch.arange(start, min(start + ROWS, q.shape[2]), device=k.device)[:, None]
         logits = scaling * q[:, :, rows[:, 0]] @ k.transpose(2, 3)
         logits.masked_fill_(columns > rows, -math.inf)
         if name == "window":
@@ -55,10 +55,10 @@ def measure(model: Any, tokenizer: Any, task: NeedleTask, length: int, samples: 
     for depth, seed in cases:
         sample = make_sample(tokenizer, task, length=length, depth=depth, seed=seed)
         answer = tokenizer(sample.expected, add_special_tokens=False)["input_ids"]
-        ids = torch.tensor([[*sample.input_ids, *answer]])
+        ids = torch.tensor([[*sample.input_ids, *answer]], device=model.device)
         begin = time.process_time()
         with torch.no_grad():
-            logits = model(ids, logits_to_keep=len(answer) + 1).logits[0].float()
+            logits = model(ids, logits_to_keep=len(answer) + 1).logits[0].float().cpu()
         seconds.append(time.process_time() - begin)
         expected = torch.tensor([*answer, tokenizer.eos_token_id])
         best = logits.topk(2, dim=-1)
@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--attention", nargs="+", default=["dense", "window", "top"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--seed", type=int, default=0, help="of the checkpoint")
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     AttentionInterface.register("measured", chunked_attention)
     chosen = {"dense": None, "window": ("window", 4, 512), "top": ("top", 64)}
@@ -89,7 +90,7 @@ def main() -> None:
         path = write_retrieval_checkpoint(folder, seed=options.seed)
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, options.dtype))
-    model.eval()
+    model.to(options.device).eval()
     sys.stdout.write("| length | task | haystack | attention | right | margin | missed | CPU s |\n")
     sys.stdout.write("|---|---|---|---|---|---|---|---|\n")
     for length in options.lengths:
