@@ -46,7 +46,10 @@ def dense_attention(
             "attention dropout: expected 0 with a softcap, a window or cached keys, got "
             f"{dropout}; unpatch_model(model) before training, or set config.attention_dropout = 0"
         )
-    if softcap or _kernel_supports(q, k, v):
+    kernel = _kernel(q, k, v)
+    if kernel is not None:
+        return _run(kernel, q, k, v, scale, softcap, window, None)
+    if softcap:
         return attention(q, k, v, scale=scale, softcap=softcap, window=window or None)  # type: ignore[return-value]
     if plain and Lq == 1:
         return _sdpa(q, k, v, None, scale, dropout, causal=False)
@@ -88,19 +91,42 @@ def padded_attention(
         kv_start: int32 [B]; the first valid key of each row.
     """
     plain_prompt = q.shape[2] == k.shape[2] and not softcap and not window
-    if plain_prompt or not _kernel_supports(q, k, v):
-        return None
-    return attention(  # type: ignore[return-value]
-        q, k, v, scale=scale, softcap=softcap, window=window or None, kv_start=kv_start
-    )
+    kernel = None if plain_prompt else _kernel(q, k, v)
+    return None if kernel is None else _run(kernel, q, k, v, scale, softcap, window, kv_start)
 
 
-def _kernel_supports(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether a compiled backend of `lowcontext.attention` takes this call."""
+def _kernel(q: Tensor, k: Tensor, v: Tensor) -> _dispatch.Backend | None:
+    """The compiled backend of `lowcontext.attention` that takes this call, if there is one."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return False
-    name = "native" if q.device.type == "cpu" else "triton"
-    return _dispatch.backend_named(name).supports("attention", q, k, v, None) is None
+        return None
+    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+        return None
+    backend = _dispatch.backend_named("native" if q.device.type == "cpu" else "triton")
+    return backend if backend.supports("attention", q, k, v, None) is None else None
+
+
+def _run(
+    kernel: _dispatch.Backend,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    window: int,
+    kv_start: Tensor | None,
+) -> Tensor:
+    # Not the public op: shapes and dtypes come from the model's own projections, and its checks
+    # cost as much as the kernel at 128 keys.
+    out, _ = kernel.attention(
+        q,
+        k,
+        v,
+        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        softcap=float(softcap or 0.0),
+        window=window,
+        kv_start=kv_start,
+    )
+    return out
 
 
 def _sdpa(
