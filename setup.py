@@ -1,24 +1,24 @@
 """Builds the native extension `lowcontext._C`; the metadata is in pyproject.toml.
 
-`python setup.py build_ext --inplace` builds it in the source tree. Where there is no working compiler, the
-install goes on without it: the package then has its PyTorch and Triton backends.
+`python setup.py build_ext --inplace` builds it in the source tree. Where there is no working
+compiler, the install goes on without it: the package then has its PyTorch and Triton backends.
 """
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-TORCH_TARGET = (
-    "0x020b000000000000"  # the stable ABI of torch 2.11: one binary serves it and later versions
-)
+# The stable ABI of torch 2.11: one binary serves that version and later ones.
+TORCH_TARGET = "0x020b000000000000"
 
 
-def native_build() -> dict[str, object]:
-    """Returns the setup() arguments that build the extension; none of them where torch is missing."""
+def native_build() -> dict[str, Any]:
+    """The setup() arguments that build the extension; none where torch is missing."""
     try:
         import torch
         from torch.utils import cpp_extension
@@ -27,31 +27,21 @@ def native_build() -> dict[str, object]:
         return {}
 
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-    cuda_sources = list(ROOT.glob("csrc/cuda/*.cu"))
-    with_cuda = (
-        bool(cuda_sources)
-        and torch.version.cuda is not None
-        and cpp_extension.CUDA_HOME is not None
-    )
+    cuda_sources = [*ROOT.glob("csrc/cuda/*.cu")]
+    cuda_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
+    with_cuda = bool(cuda_sources) and cuda_toolkit
     if with_cuda:
         sources += [*cuda_sources, *ROOT.glob("csrc/cuda/*.cpp")]
 
-    defines = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    shared = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
     if with_cuda:
-        defines.append("-DUSE_CUDA")
-    cxx = [
-        "-O3",
-        "-std=c++17",
-        "-fvisibility=hidden",
-        "-fno-math-errno",
-        "-Wall",
-        "-Wno-maybe-uninitialized",
-    ]
+        shared.append("-DUSE_CUDA")
+    cxx = ["-fvisibility=hidden", "-fno-math-errno", "-g0", "-Wno-maybe-uninitialized"]
     extension_type = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     extension = extension_type(
         "lowcontext._C",
         [str(source.relative_to(ROOT)) for source in sorted(sources)],
-        extra_compile_args={"cxx": cxx + defines, "nvcc": ["-O3", "-std=c++17", *defines]},
+        extra_compile_args={"cxx": shared + cxx, "nvcc": shared},
         py_limited_api=True,
         optional=True,
     )
@@ -59,23 +49,25 @@ def native_build() -> dict[str, object]:
     class BuildNative(cpp_extension.BuildExtension):
         """Builds the extension, or warns and leaves it out."""
 
-        def run(self) -> None:
-            try:
-                super().run()
-            except Exception as error:  # a broken toolchain shows as almost any exception
-                self.warn(f"building without the native extension: {error}")
-
         def build_extensions(self) -> None:
             try:
                 super().build_extensions()
-            except Exception as error:
+            except Exception as error:  # a broken toolchain shows as almost any exception
                 self.warn(f"building without the native extension: {error}")
                 self.extensions = []
 
-    return {
-        "ext_modules": [extension],
-        "cmdclass": {"build_ext": BuildNative.with_options(no_python_abi_suffix=False)},
-    }
+        def get_outputs(self) -> list[str]:
+            return [path for path in super().get_outputs() if Path(path).exists()]
+
+        def copy_extensions_to_source(self) -> None:
+            self.extensions = [
+                each
+                for each in self.extensions
+                if (Path(self.build_lib) / self.get_ext_filename(each.name)).exists()
+            ]
+            super().copy_extensions_to_source()
+
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": BuildNative}}
 
 
 setup(**native_build())

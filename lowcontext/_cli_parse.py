@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -110,6 +109,9 @@ def generate(
     chunk: int | None,
 ) -> Generated:
     """Greedy generation with a patched model."""
+    from transformers import LogitsProcessorList
+
+    from lowcontext.eval import TokenClock
     from lowcontext.integrations import measure_density, patched
 
     if chat:
@@ -122,12 +124,12 @@ def generate(
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if chunk:
         options["prefill_chunk_size"] = chunk
-    clock = _Clock()
+    clock = TokenClock()
     with patched(model, chosen), measure_density(model) as density:
         out = model.generate(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            streamer=clock,
+            logits_processor=LogitsProcessorList([clock]),
             **options,
         )
     times = clock.times
@@ -206,19 +208,6 @@ def _short_names(labels: list[str]) -> dict[str, str]:
     unique = {name for name in names if names.count(name) == 1}
     pairs = zip(labels, names, strict=True)
     return {label: name if name in unique else label for label, name in pairs}
-
-
-class _Clock:
-    """A streamer that notes when generate hands out the prompt and each token."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Any) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called by generate after the last token; there is nothing left to note."""
 
 
 def _share(value: float | None) -> str:

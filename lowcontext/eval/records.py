@@ -7,7 +7,21 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-RowKey = tuple[str, str, str, int, float, int, int]
+# Every field of a row that decides what the measurement is.
+RowKey = tuple[str | int | float | None, ...]
+_KEY = (
+    "model",
+    "method",
+    "task",
+    "haystack",
+    "length",
+    "depth",
+    "sample",
+    "seed",
+    "answer_room",
+    "chunk",
+    "metric",
+)
 
 
 @dataclass(frozen=True)
@@ -15,6 +29,7 @@ class NeedleRow:
     """One prompt, what the model made of it, and how long that took.
 
     Attributes:
+        model: Name or folder that the model was loaded from.
         method: The caller's label for the model as it ran.
         task: ``"single"`` or ``"multikey"``.
         haystack: Name or path of the haystack.
@@ -22,6 +37,9 @@ class NeedleRow:
         depth: Depth of the needle in percent.
         sample: Number of the sample in its cell.
         seed: Seed the sample was made with.
+        answer_room: Most tokens to generate.
+        chunk: Tokens of a prefill chunk; None for one pass.
+        metric: How the answer was compared.
         prompt_tokens: Tokens of the prompt.
         expected: The answer.
         output: The model's answer.
@@ -33,6 +51,7 @@ class NeedleRow:
         stats: Whatever else the caller's ``stats`` returned.
     """
 
+    model: str
     method: str
     task: str
     haystack: str
@@ -40,6 +59,9 @@ class NeedleRow:
     depth: float
     sample: int
     seed: int
+    answer_room: int
+    chunk: int | None
+    metric: str
     prompt_tokens: int
     expected: str
     output: str
@@ -53,15 +75,7 @@ class NeedleRow:
     @property
     def key(self) -> RowKey:
         """What names the row: two rows with one key are one measurement made twice."""
-        return (
-            self.method,
-            self.task,
-            self.haystack,
-            self.length,
-            self.depth,
-            self.sample,
-            self.seed,
-        )
+        return tuple(getattr(self, name) for name in _KEY)
 
 
 def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:

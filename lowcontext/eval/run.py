@@ -130,7 +130,7 @@ def _rows(runner: _Runner, book: RowFile | None, progress: Progress | None) -> I
         yield row
 
 
-class _Clock:
+class TokenClock:
     """A logits processor that changes nothing and notes when each token's logits are there.
 
     A streamer would not do: transformers may hand tokens to it one step late.
@@ -153,12 +153,14 @@ class _Runner:
     ) -> None:
         self.model, self.tokenizer, self.grid = model, tokenizer, grid
         self.method, self.stats = method, stats
+        self.name = str(getattr(model, "name_or_path", ""))
         self.warm = False
 
     def key(self, length: int, depth: float, sample: int) -> tuple[Any, ...]:
         grid = self.grid
-        seed = grid.seed + sample
-        return (self.method, grid.task, grid.haystack, length, depth, sample, seed)
+        place = (length, depth, sample, grid.seed + sample)
+        how = (grid.answer_room, grid.chunk, grid.metric)
+        return (self.name, self.method, grid.task, grid.haystack, *place, *how)
 
     def run(self, length: int, depth: float, sample: int) -> NeedleRow:
         grid = self.grid
@@ -174,6 +176,7 @@ class _Runner:
         output = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
         steps = len(times) - 2
         return NeedleRow(
+            model=self.name,
             method=self.method,
             task=grid.task,
             haystack=grid.haystack,
@@ -181,6 +184,9 @@ class _Runner:
             depth=depth,
             sample=sample,
             seed=seed,
+            answer_room=grid.answer_room,
+            chunk=grid.chunk,
+            metric=grid.metric,
             prompt_tokens=len(prompt.input_ids),
             expected=prompt.expected,
             output=output,
@@ -208,7 +214,7 @@ class _Runner:
         options["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
         if self.grid.chunk is not None:
             options["prefill_chunk_size"] = self.grid.chunk
-        clock = _Clock()
+        clock = TokenClock()
         output = self.model.generate(
             input_ids,
             attention_mask=torch.ones_like(input_ids),

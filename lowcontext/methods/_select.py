@@ -26,7 +26,7 @@ def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
     if most <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
     k = k.clamp(max=most).expand(scores.shape[:-1])[..., None]
-    # The k-th largest value splits the row; torch.topk does not say which of equal entries it takes.
+    # The k-th largest value splits the row; which of equal entries torch.topk takes is undefined.
     threshold = scores.topk(most, dim=-1).values.gather(-1, (k - 1).clamp(min=0))
     above = scores > threshold
     ties = scores == threshold

@@ -11,6 +11,7 @@ from lowcontext.eval import NeedleRow, plot_needle, summarize
 from lowcontext.eval.plots import COLOURS
 
 ROW = NeedleRow(
+    model="some-model",
     method="dense",
     task="single",
     haystack="words",
@@ -18,6 +19,9 @@ ROW = NeedleRow(
     depth=0.0,
     sample=0,
     seed=0,
+    answer_room=16,
+    chunk=None,
+    metric="contains",
     prompt_tokens=1008,
     expected="1",
     output="1",

@@ -69,6 +69,8 @@ def test_prefill_in_chunks_gives_the_same_answers(model: Any, tokenizer: Any) ->
     finally:
         handle.remove()
     assert max(seen) == 64
+    assert [row.chunk for row in parts] == [64] * 4
+    parts = [replace(row, chunk=None) for row in parts]
     assert without_times(parts) == without_times(whole)
 
 
@@ -115,6 +117,20 @@ def test_a_finished_run_is_not_run_again(
     assert calls == 5  # four samples and the warm-up
     assert list(run_needle(counted, tokenizer, GRID, out=out)) == first
     assert (counted.calls, out.read_bytes()) == (calls, data)
+
+
+@pytest.mark.parametrize("change", [{"chunk": 64}, {"answer_room": 8}, {"metric": "contains"}])
+def test_other_settings_or_another_model_are_another_run(
+    counted: CountedModel, tokenizer: Any, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    out = tmp_path / "needle.jsonl"
+    grid = replace(GRID, lengths=(200,), samples=1)
+    list(run_needle(counted, tokenizer, grid, out=out))
+    list(run_needle(counted, tokenizer, replace(grid, **change), out=out))
+    assert len(read_rows(out)) == 2
+    counted.name_or_path = "another"
+    list(run_needle(counted, tokenizer, grid, out=out))
+    assert [row.model for row in read_rows(out)][-1] == "another"
 
 
 def test_a_run_cut_off_in_a_line_resumes_with_that_sample(
