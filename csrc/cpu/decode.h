@@ -41,41 +41,58 @@ struct DecodeScratch {
   }
 };
 
+// Rows that are needed after this step, brought in while it computes.
 template <typename T>
-LC_INLINE void prefetch_row(const T* row, int64_t head_dim) {
-  const char* begin = reinterpret_cast<const char*>(row);
-  for (int64_t i = 0; i < head_dim * static_cast<int64_t>(sizeof(T)); i += 64) prefetch(begin + i);
-}
+struct UpcomingRows {
+  const T* base;
+  int64_t stride;
+  const int32_t* positions;
+  int64_t count;
+
+  // The part of row i that holds the elements [d, d + width).
+  LC_INLINE void prefetch_part(int64_t i, int64_t d, int64_t width) const {
+    if (i >= count) return;
+    const char* begin = reinterpret_cast<const char*>(base + positions[i] * stride + d);
+    for (int64_t j = 0; j < width * static_cast<int64_t>(sizeof(T)); j += 64) prefetch(begin + j);
+  }
+};
 
 // s[block, row * K + key] for K = kWidth / R keys of each block.
 template <typename T, int R>
-void score_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride,
+void score_keys(const T* k, int64_t k_stride, const UpcomingRows<T>& values,
                 const int32_t* positions, int64_t keys, const float* q, int64_t head_dim,
                 float* s) {
   constexpr int K = kWidth / R;
+  const int64_t q_stride = padded(head_dim);
   const int64_t whole = head_dim / kWidth * kWidth;
   for (int64_t first = 0; first < keys; first += K) {
     const T* rows[K];
+    LC_UNROLL
     for (int i = 0; i < K; ++i) {
-      const int64_t position = positions[min64(first + i, keys - 1)];
-      rows[i] = k + position * k_stride;
-      prefetch_row(v + position * v_stride, head_dim);
+      rows[i] = k + positions[min64(first + i, keys - 1)] * k_stride;
+      values.prefetch_part(first + i, 0, head_dim);
     }
     Vec acc[kWidth];
+    LC_UNROLL
     for (int i = 0; i < kWidth; ++i) acc[i] = set1(0.0f);
     for (int64_t d = 0; d < whole; d += kWidth) {
       Vec key[K];
+      LC_UNROLL
       for (int i = 0; i < K; ++i) key[i] = load(rows[i] + d);
+      LC_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vec query = load(q + r * padded(head_dim) + d);
+        const Vec query = load(q + r * q_stride + d);
+        LC_UNROLL
         for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
       }
     }
     if (whole < head_dim) {
       Vec key[K];
       for (int i = 0; i < K; ++i) key[i] = load_first(rows[i] + whole, head_dim - whole);
+      LC_UNROLL
       for (int r = 0; r < R; ++r) {
-        const Vec query = load(q + r * padded(head_dim) + whole);
+        const Vec query = load(q + r * q_stride + whole);
+        LC_UNROLL
         for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
       }
     }
@@ -83,35 +100,50 @@ void score_keys(const T* k, int64_t k_stride, const T* v, int64_t v_stride,
   }
 }
 
-// o[R, C vectors at d] = o * alpha[row] + sum_key s[row, key] v[key, d]; width < kWidth only where
-// C is 1.
+// o[R, C vectors at d] = o * alpha[row] + sum_key s[row, key] v[key, d]; head_dim - d < kWidth only
+// where C is 1.
 template <typename T, int R, int C>
-void accumulate_values(const T* v, int64_t v_stride, const int32_t* positions, int64_t keys,
-                       const float* s, const float* alpha, int64_t stride, int64_t width,
-                       float* o) {
+void accumulate_values(const T* v, int64_t v_stride, const UpcomingRows<T>& next_keys,
+                       const int32_t* positions, int64_t keys, const float* s, const float* alpha,
+                       int64_t d, int64_t head_dim, float* o) {
   constexpr int K = kWidth / R;
+  const int64_t o_stride = padded(head_dim);
+  v += d;
+  o += d;
   Vec acc[R][C];
+  LC_UNROLL
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) acc[r][c] = load(o + r * stride + c * kWidth) * set1(alpha[r * K]);
+    LC_UNROLL
+    for (int c = 0; c < C; ++c) {
+      acc[r][c] = load(o + r * o_stride + c * kWidth) * set1(alpha[r * K]);
+    }
   }
   for (int64_t key = 0; key < keys; ++key) {
     const T* row = v + positions[key] * v_stride;
     const float* weights = s + key / K * kWidth + key % K;
+    next_keys.prefetch_part(key, d, C * kWidth);
     Vec value[C];
-    for (int c = 0; c < C; ++c) value[c] = C > 1 ? load(row + c * kWidth) : load_first(row, width);
+    LC_UNROLL
+    for (int c = 0; c < C; ++c) {
+      value[c] = C > 1 ? load(row + c * kWidth) : load_first(row, head_dim - d);
+    }
+    LC_UNROLL
     for (int r = 0; r < R; ++r) {
       const Vec weight = set1(weights[r * K]);
+      LC_UNROLL
       for (int c = 0; c < C; ++c) acc[r][c] = fma(weight, value[c], acc[r][c]);
     }
   }
+  LC_UNROLL
   for (int r = 0; r < R; ++r) {
-    for (int c = 0; c < C; ++c) store(o + r * stride + c * kWidth, acc[r][c]);
+    LC_UNROLL
+    for (int c = 0; c < C; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
   }
 }
 
 template <typename T, int R>
-void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float* base,
-                     float* partial) {
+void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue,
+                     float* base, float* partial) {
   constexpr int K = kWidth / R;
   constexpr int C = kAccumulators / R < 8 ? kAccumulators / R : 8;
   const DecodeScratch scratch(p, base);
@@ -139,7 +171,8 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
   int64_t keys = walker.next(now, kDecodeStep);
   float* s = scratch.s;
   while (keys > 0) {
-    score_keys<T, R>(k, p.k.stride_l, v, p.v.stride_l, now, keys, scratch.q, head_dim, s);
+    const UpcomingRows<T> values{v, p.v.stride_l, now, keys};
+    score_keys<T, R>(k, p.k.stride_l, values, now, keys, scratch.q, head_dim, s);
     const int64_t blocks = (keys + K - 1) / K;
     if (p.softcap > 0.0f) {
       const Vec cap = set1(p.softcap * kLog2E);
@@ -181,15 +214,21 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
     maximum = top;
 
     const int64_t keys_then = walker.next(then, kDecodeStep);
-    for (int64_t i = 0; i < keys_then; ++i) prefetch_row(k + then[i] * p.k.stride_l, head_dim);
+    UpcomingRows<T> next_keys{k, p.k.stride_l, then, keys_then};
+    if (keys_then == 0) {
+      if (const Item* next = queue.peek()) {
+        next_keys.base = head_base<T>(p.k, next->batch, kv_head(p, plan, *next));
+        next_keys.count = KeyWalker(p, plan, *next).next(then, kDecodeStep);
+      }
+    }
     int64_t d = 0;
     for (; d + C * kWidth <= head_dim; d += C * kWidth) {
-      accumulate_values<T, R, C>(v + d, p.v.stride_l, now, keys, s, alpha, stride, kWidth,
-                                 scratch.o + d);
+      accumulate_values<T, R, C>(v, p.v.stride_l, next_keys, now, keys, s, alpha, d, head_dim,
+                                 scratch.o);
     }
     for (; d < head_dim; d += kWidth) {
-      accumulate_values<T, R, 1>(v + d, p.v.stride_l, now, keys, s, alpha, stride, head_dim - d,
-                                 scratch.o + d);
+      accumulate_values<T, R, 1>(v, p.v.stride_l, next_keys, now, keys, s, alpha, d, head_dim,
+                                 scratch.o);
     }
     int32_t* swap = now;
     now = then;
@@ -223,13 +262,14 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, float
 }
 
 template <typename T>
-void run_decode(const Problem& p, const Plan& plan, const Item& item, float* scratch,
-                float* partial) {
+void run_decode(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue,
+                float* scratch, float* partial) {
   const int64_t lanes = plan.max_lanes();
-  if (lanes <= 1) return run_decode_rows<T, 1>(p, plan, item, scratch, partial);
-  if (lanes <= 2) return run_decode_rows<T, 2>(p, plan, item, scratch, partial);
-  if (lanes <= 4) return run_decode_rows<T, 4>(p, plan, item, scratch, partial);
-  if constexpr (kDecodeLanes >= 8) return run_decode_rows<T, 8>(p, plan, item, scratch, partial);
+  if (lanes <= 1) return run_decode_rows<T, 1>(p, plan, item, queue, scratch, partial);
+  if (lanes <= 2) return run_decode_rows<T, 2>(p, plan, item, queue, scratch, partial);
+  if (lanes <= 4) return run_decode_rows<T, 4>(p, plan, item, queue, scratch, partial);
+  if constexpr (kDecodeLanes >= 8)
+    return run_decode_rows<T, 8>(p, plan, item, queue, scratch, partial);
 }
 
 }  // namespace

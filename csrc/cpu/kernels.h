@@ -38,7 +38,7 @@ size_t scratch_floats(const Problem& p, const Plan& plan) {
 template <typename T>
 void run_as(const Problem& p, const Plan& plan, const Item& item, ItemQueue& queue, float* scratch,
             float* partial) {
-  if (plan.decode) return run_decode<T>(p, plan, item, scratch, partial);
+  if (plan.decode) return run_decode<T>(p, plan, item, queue, scratch, partial);
   run_panels<T>(p, plan, item, queue, scratch, partial);
 }
 
