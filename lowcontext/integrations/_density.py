@@ -75,9 +75,16 @@ def measure_density(model: nn.Module) -> Iterator[Density]:
         ValueError: the model is not patched.
 
     Example:
-        >>> with lowcontext.measure_density(model) as density:  # doctest: +SKIP
-        ...     model.generate(ids, max_new_tokens=8)
-        >>> density.decode  # doctest: +SKIP
+        >>> import lowcontext, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+        >>> config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> model = lowcontext.patch_model(model, "streaming_llm", sink=0, window=8)
+        >>> ids = torch.ones(1, 63, dtype=torch.long)
+        >>> with lowcontext.measure_density(model) as density:
+        ...     out = model.generate(ids, max_new_tokens=2, min_new_tokens=2)
+        >>> density.decode
         0.125
     """
     settings: list[LayerSettings] = [

@@ -72,8 +72,17 @@ def patch_model(
         RuntimeError: verification failed; the model is left unpatched.
 
     Example:
-        >>> lowcontext.patch_model(model, "streaming_llm", window=512)  # doctest: +SKIP
-        >>> lowcontext.patch_model(model, decode="quest")  # doctest: +SKIP
+        >>> import lowcontext, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+        >>> config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> model = lowcontext.patch_model(model, "streaming_llm", window=512)
+        >>> model = lowcontext.unpatch_model(model)
+        >>> model = lowcontext.patch_model(model, decode="quest")
+        >>> ids = torch.ones(1, 4, dtype=torch.long)
+        >>> model.generate(ids, max_new_tokens=2, min_new_tokens=2).shape
+        torch.Size([1, 6])
     """
     chosen = combine(method, prefill=prefill, decode=decode, config=config, **options)
     target = text_model(model)
@@ -129,8 +138,14 @@ def patched(
     """`patch_model` for the length of a `with` block; the arguments are the same.
 
     Example:
-        >>> with lowcontext.patched(model, "quest", budget=1024):  # doctest: +SKIP
-        ...     model.generate(ids)
+        >>> import lowcontext, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}
+        >>> config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
+        >>> model = LlamaForCausalLM(config).eval()
+        >>> ids = torch.ones(1, 4, dtype=torch.long)
+        >>> with lowcontext.patched(model, "quest", budget=1024):
+        ...     out = model.generate(ids, max_new_tokens=2)
     """
     patch_model(model, method, **arguments)
     try:

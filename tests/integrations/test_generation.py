@@ -273,3 +273,39 @@ def test_the_text_tower_of_a_vision_language_model_is_patched_alone() -> None:
     with lowcontext.patched(model, "streaming_llm", sink=2, window=8, block_q=8, block_k=8):
         assert (run()[0] - before).abs().max() > 1e-3
     assert torch.equal(run()[0], before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3", "mistral"])
+def test_without_a_compiled_backend_dense_layers_are_exact(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowcontext.integrations import _dense
+
+    plain, patched = both(family)
+    ids, mask = left_padded([prompt(30)[0], prompt(12, seed=2)[0]])
+    expected = logits(plain, ids[:1])
+    modes: list[dict[str, Any]] = [{}, {"prefill_chunk_size": 7}]
+    tokens = [greedy(plain, ids, attention_mask=mask, **mode) for mode in modes]
+    monkeypatch.setattr(_dense, "_kernel", lambda *_: None)
+    monkeypatch.setattr(_dense, "_MASK_ELEMENTS", 256)  # several chunks of rows
+    torch.testing.assert_close(logits(patched, ids[:1]), expected, rtol=0, atol=1e-5)
+    for mode, want in zip(modes, tokens, strict=True):
+        assert torch.equal(greedy(patched, ids, attention_mask=mask, **mode), want)
+
+
+@pytest.mark.parametrize("method", ["streaming_llm", "block_topk"])
+def test_a_prompt_cut_into_query_chunks_equals_the_prompt_at_once(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {
+        "streaming_llm": {"sink": 2, "window": 16, "block_q": 8, "block_k": 8},
+        "block_topk": {"budget": 32, "sink": 0, "local": 0, "block_q": 8, "block_k": 8},
+    }[method]
+    plain, model = both("llama", method, **options)
+    ids = prompt(90)
+    expected = logits(model, ids)
+    monkeypatch.setattr(lowcontext.methods.method_class(method), "query_chunk", 16)
+    with lowcontext.measure_density(model) as density:
+        torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=2e-6)
+    assert density.prefill < 0.7
+    assert (expected - logits(plain, ids)).abs().max() > 1e-3

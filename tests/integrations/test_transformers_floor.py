@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import doctest
+import importlib
 import io
 import pickle
 from typing import Any
@@ -336,3 +338,10 @@ def test_half_precision_prompts_are_bit_equal_when_dense(dtype: torch.dtype) -> 
     before = logits(model, ids)
     lowcontext.patch_model(model, "dense", verify=True)
     assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("module", ["transformers", "_density"])
+def test_docstring_examples_run_and_there_are_some(module: str) -> None:
+    result = doctest.testmod(importlib.import_module(f"lowcontext.integrations.{module}"))
+    assert result.failed == 0
+    assert result.attempted > 5
