@@ -130,6 +130,7 @@ Outputs solve(Problem& p, const Tensor& q) {
   Tensor out = torch::stable::new_empty(q, {p.batch, p.q_heads, p.q_len, p.head_dim});
   Tensor lse = torch::stable::new_empty(q, {p.batch, p.q_heads, p.q_len}, ScalarType::Float);
   p.out = out.mutable_data_ptr();
+  prefer_huge_pages(p.out, static_cast<size_t>(out.numel()) * out.element_size());
   p.lse = static_cast<float*>(lse.mutable_data_ptr());
   launch(p);
   return {out, lse};

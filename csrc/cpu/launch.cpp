@@ -6,10 +6,16 @@
 
 #include "../ops.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 namespace lowcontext {
 namespace {
 
-// Memory that a thread keeps between calls, aligned to a page.
+constexpr size_t kHugePage = size_t{1} << 21;
+
+// Memory that a thread keeps between calls.
 class Scratch {
  public:
   Scratch() = default;
@@ -19,12 +25,12 @@ class Scratch {
 
   float* get(size_t floats) {
     if (floats > size_) {
-      constexpr size_t kPage = 4096;
-      const size_t bytes = (floats * sizeof(float) + kPage - 1) / kPage * kPage;
+      const size_t bytes = (floats * sizeof(float) + kHugePage - 1) / kHugePage * kHugePage;
       std::free(data_);
       size_ = 0;
-      data_ = static_cast<float*>(std::aligned_alloc(kPage, bytes));
+      data_ = static_cast<float*>(std::aligned_alloc(kHugePage, bytes));
       if (data_ == nullptr) throw std::bad_alloc();
+      prefer_huge_pages(data_, bytes);
       size_ = floats;
     }
     return data_;
@@ -47,6 +53,17 @@ Scratch& call_scratch() {
 }
 
 }  // namespace
+
+void prefer_huge_pages(void* data, size_t bytes) {
+#if defined(__linux__)
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHugePage - 1) & ~(kHugePage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) & ~(kHugePage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data;
+  (void)bytes;
+#endif
+}
 
 void launch(const Problem& p) {
   const KernelTable& kernels = active_kernels();
