@@ -80,10 +80,9 @@ class Config:
 
 
 REPRESENTATIVE = (
-    Config("prefill", "bfloat16", 64),
+    Config("prefill", "bfloat16", 64, keys="tiles"),
     Config("prefill", "bfloat16", 128),
-    Config("prefill", "bfloat16", 128, keys="tiles", rows=64),
-    Config("prefill", "bfloat16", 256),
+    Config("prefill", "bfloat16", 256, keys="tiles"),
     Config("prefill", "float32", 128, keys="tiles"),
     Config("decode", "bfloat16", 128, rows=4),
 )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,21 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 ROOT = Path(__file__).parents[2]
 
 
+def numbers(package: str) -> tuple[int, int]:
+    """(major, minor) of an installed package, (0, 0) if there is none."""
+    try:
+        major, minor = version(package).split(".")[:2]
+    except PackageNotFoundError:
+        return 0, 0
+    return int(major), int(minor)
+
+
 def run_cases(interpret: bool) -> None:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     if interpret:
         env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "tests/ops/triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-x", "tests/ops/triton_cases.py"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600
     )
@@ -33,6 +43,10 @@ def run_cases(interpret: bool) -> None:
     assert int(passed[1]) >= 40
 
 
+@pytest.mark.skipif(
+    numbers("triton") < (3, 7) and numbers("numpy") >= (2, 4),
+    reason="the interpreter of triton 3.6 needs numpy < 2.4",
+)
 def test_every_case_passes_in_the_interpreter() -> None:
     run_cases(interpret=True)
 

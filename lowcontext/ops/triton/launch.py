@@ -19,6 +19,10 @@ from lowcontext.ops.triton import attend
 
 LOG2E = math.log2(math.e)
 
+# By bytes per number. Left alone, the assembler gives a 16-bit kernel 128 registers where 146 are
+# needed and spills 8 bytes, for the hope of one block more. In fp32 the limit makes it unroll until
+# it spills up to 136 bytes, against 16 without.
+_MAX_REGISTERS = {2: 255, 4: None}
 # Query blocks shorter than this run in the decode kernel, which fills its rows with query heads.
 _MIN_PREFILL_BLOCK = 16
 # The most query rows (queries times heads) of a decode program, by bytes per number: 32 rows of
@@ -56,17 +60,27 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel with its grid and all its arguments by name."""
+    """One kernel with its grid, all its arguments by name, and its compiler options."""
 
     kernel: Any
     grid: tuple[int, int]
     args: dict[str, Any]
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """Compiler options."""
+        return {
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "maxnreg": self.maxnreg,
+        }
 
     def __call__(self) -> None:
         """Runs the kernel on the current stream."""
-        self.kernel[self.grid](**self.args, num_warps=self.num_warps, num_stages=self.num_stages)
+        self.kernel[self.grid](**self.args, **self.options)
 
 
 @dataclass(frozen=True)
@@ -90,22 +104,25 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     tiles that spill no register and fit in shared memory. Not timed yet.
     """
     rows = max(16, min(128, triton.next_power_of_2(block_q)))
-    if itemsize == 4:  # IEEE products do not use tensor cores: 64 rows spill 56 bytes at D = 128
-        return Tiles(min(rows, 32), 32, 4, 2) if D <= 128 else Tiles(16, 32, 8, 2)
-    if D > 128:
-        rows = min(rows, 64)
-    # mma.sync reads its operands from registers: 64 keys of D = 128 spill 32 bytes on sm_80.
-    # wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
-    keys = 64 if D <= 64 or 90 <= capability < 120 else 32
-    return Tiles(rows, keys, 8 if D > 128 or rows > 64 else 4, 3 if D <= 128 else 2)
+    if itemsize == 4:  # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes
+        return Tiles(16, 32, 8, 2)
+    if D > 128:  # 64 keys spill 32 bytes with softcap and window, on sm_90 as well
+        return Tiles(min(rows, 64), 32, 8, 2)
+    # mma.sync reads its operands from registers: on sm_80 64 keys of D = 128 spill 32 bytes, and
+    # 128 rows 8. wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
+    if D > 64 and not 90 <= capability < 120:
+        return Tiles(min(rows, 64), 32, 4, 3)
+    return Tiles(rows, 64 if rows > 16 else 32, 8 if rows > 64 else 4, 3)
 
 
 def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
     if itemsize == 4:
-        return Tiles(rows, 32, 8, 2)
-    return Tiles(rows, 64 if D <= 128 else 32, 4, 3)
+        return Tiles(rows, 16, 4, 2)
+    if D <= 128:
+        return Tiles(rows, 64, 4, 3)
+    return Tiles(rows, 32, 8 if rows > 32 else 4, 2)
 
 
 def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor]:
@@ -143,7 +160,8 @@ def _prefill(
     sub_tiles = -(-block_q // tiles.BLOCK_M)
     args = _arguments(problem, out, lse, tiles, block_q, lead) | {"sub_tiles": sub_tiles}
     grid = (Nq * sub_tiles * Hq, B)
-    return Launch(attend.prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages)
+    registers = _MAX_REGISTERS[q.element_size()]
+    return Launch(attend.prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages, registers)
 
 
 def _decode(
@@ -168,9 +186,9 @@ def _decode(
     splits = max(1, min(wanted, keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))
     args = _arguments(problem, out, lse, tiles, block_q, lead)
     args |= {"pack": pack, "chunks": chunks, "splits": splits, "SPLIT": splits > 1}
-    launch = Launch(
-        attend.decode_kernel, (programs // B * splits, B), args, tiles.num_warps, tiles.num_stages
-    )
+    grid = (programs // B * splits, B)
+    registers = _MAX_REGISTERS[q.element_size()]
+    launch = Launch(attend.decode_kernel, grid, args, tiles.num_warps, tiles.num_stages, registers)
     if splits == 1:
         return [launch]
     partial = torch.empty((B, Hq, Lq, splits, D), dtype=torch.float32, device=q.device)

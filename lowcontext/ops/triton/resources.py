@@ -59,8 +59,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         RuntimeError: the report of cuobjdump is not in the known form.
     """
     source = _source(launch)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), options)
+    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), launch.options)
     usage = _usage(compiled.asm["cubin"])
     return Resources(
         registers=usage["REG"],

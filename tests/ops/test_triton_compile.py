@@ -1,0 +1,54 @@
+"""The Triton kernels compile for every architecture without spills and within shared memory.
+
+The handful of configurations is `bench.kernels_report.REPRESENTATIVE`; all of them, in minutes:
+
+    python -m bench.kernels_report --all
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(
+    platform.system() != "Linux", reason="triton ships its assembler for Linux alone"
+)
+@pytest.mark.parametrize(
+    ("arch", "tensor_cores"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")]
+)
+def test_kernels_compile_without_spills_and_within_shared_memory(
+    arch: int, tensor_cores: str
+) -> None:
+    # A process of its own: TRITON_INTERPRET or a GPU in this one must not matter.
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.kernels_report", "--json", "--arch", str(arch)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=env,
+        check=False,
+        timeout=600,
+    )
+    assert done.stdout, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {line["kernel"] for line in lines} == {"prefill", "decode", "combine"}
+    for line in lines:
+        assert line["spilled"] == 0, line
+        assert line["shared"] <= line["limit"], line
+        if line["kernel"] == "prefill" and "bfloat16" in line["config"]:
+            assert line["products"] == tensor_cores, line
+        if "float32" in line["config"]:
+            assert line["products"] == "", f"expected IEEE products, got {line}"
+    assert done.returncode == 0, done.stderr
