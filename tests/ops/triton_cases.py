@@ -184,6 +184,7 @@ def test_sparse_attention_equals_the_reference(case: Case) -> None:
         (1, 130, 17, (5, 120), None, 80, 7),
         (5, 65, None, (0, 63), 5.0, 128, 4),
         (5, 1100, 900, None, None, 64, 4),
+        (40, 70, None, (0, 10), None, 64, 1),
         (63, 130, 64, None, None, 64, 1),
         (64, 64, 1, (0, 10), None, 64, 1),
         (65, 65, 33, (64, 0), 2.0, 80, 2),
@@ -208,6 +209,29 @@ def test_dense_attention_equals_the_reference(
     same, same_lse = attention(q, k, v, backend="reference", **options)
     wide = (q.double(), k.double(), v.double())
     exact, exact_lse = attention(*wide, backend="reference", **options)
+    check(out, same, exact, "out")
+    check(lse, same_lse, exact_lse, "lse")
+
+
+@pytest.mark.parametrize("kv_start", [0, 32, 33, 34])
+@pytest.mark.parametrize("last", [-1, 0, 1, 15, 16])
+def test_tiles_at_the_edge_of_the_unmasked_range_are_masked_where_needed(
+    last: int, kv_start: int
+) -> None:
+    # One tile per query block, whose last key lies `last` positions after the block's first query.
+    L, block_q, block_k = 96, 16, 32
+    q, k, v = draw(Case(L, L, (block_q, block_k), G=1, kv_start=(kv_start,)))
+    starts = torch.arange(0, L, block_q) + last - block_k + 1
+    index = BlockIndex(
+        torch.ones(1, 1, L // block_q, dtype=torch.int32),
+        starts.to(torch.int32).view(1, 1, -1, 1),
+        (block_q, block_k),
+    )
+    options = {"kv_start": torch.tensor([kv_start], device=DEVICE), "return_lse": True}
+    out, lse = sparse_attention(q, k, v, to_device(index), backend="triton", **options)
+    same, same_lse = sparse_attention(q, k, v, to_device(index), backend="reference", **options)
+    wide = (q.double(), k.double(), v.double(), to_device(index))
+    exact, exact_lse = sparse_attention(*wide, backend="reference", **options)
     check(out, same, exact, "out")
     check(lse, same_lse, exact_lse, "lse")
 
