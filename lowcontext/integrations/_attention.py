@@ -19,7 +19,7 @@ from lowcontext.integrations._families import ATTRIBUTE, LayerSettings
 from lowcontext.integrations._masks import Padding
 from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer
 from lowcontext.methods import LayerContext
-from lowcontext.methods.base import MAX_DECODE_QUERIES
+from lowcontext.methods.base import is_decoding
 from lowcontext.ops import sparse_attention
 
 NAME = "lowcontext"
@@ -184,7 +184,7 @@ class _Call:
                     q_part, k_part, v_part, index, scale=self.scale, softcap=self.softcap
                 )
             if self.settings.density is not None:
-                self._count(index, q_part, k_part, decoding=_decoding(Lq, Lk))
+                self._count(index, q_part, k_part, decoding=is_decoding(Lq, Lk))
             if whole:
                 return part.transpose(1, 2)
             if out is None:
@@ -217,7 +217,7 @@ class _Call:
         if self.settings.density is None:
             return
         Lq, Lk = q.shape[2], k.shape[2]
-        decoding = _decoding(Lq, Lk) if decoding is None else decoding
+        decoding = is_decoding(Lq, Lk) if decoding is None else decoding
         phase = "decode" if decoding else "prefill"
         self.settings.density.add(phase, index, Lq, Lk, q.shape[0] * q.shape[1])
 
@@ -230,10 +230,6 @@ def _warn_latent(module: nn.Module) -> None:
             UserWarning,
             stacklevel=3,
         )
-
-
-def _decoding(Lq: int, Lk: int) -> bool:
-    return Lq < Lk and Lq <= MAX_DECODE_QUERIES
 
 
 def _padded(call: _Call, q: Tensor, k: Tensor, v: Tensor, padding: Padding) -> Tensor:

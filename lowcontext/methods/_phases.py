@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method
+from lowcontext.methods.base import LayerContext, Method, is_decoding
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Phases(Method):
         self, q: Tensor, k: Tensor, layer: LayerContext
     ) -> Iterator[tuple[int, int, BlockIndex | None]]:
         """Parts of the method whose phase this is, with its own dense layers and lengths."""
-        decoding = q.shape[2] < k.shape[2] and q.shape[2] <= MAX_DECODE_QUERIES
+        decoding = is_decoding(q.shape[2], k.shape[2])
         method = self.decode_method if decoding else self.prefill_method
         phase = "decode" if decoding else "prefill"
         yield from method.parts(q, k, self._context(phase, layer))

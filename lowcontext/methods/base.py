@@ -16,6 +16,11 @@ from lowcontext.index import BlockIndex
 MAX_DECODE_QUERIES = 32
 
 
+def is_decoding(Lq: int, Lk: int) -> bool:
+    """Whether `Lq` new queries on `Lk` keys are decode steps rather than a prompt or its chunk."""
+    return Lq < Lk and Lq <= MAX_DECODE_QUERIES
+
+
 @dataclass
 class LayerContext:
     """What a method may know about where it runs.
@@ -100,7 +105,7 @@ class Method(ABC):
         Lq, Lk = q.shape[2], k.shape[2]
         if layer.layer_idx < self.dense_layers or Lk < self.min_length:
             yield 0, Lq, None
-        elif Lq < Lk and Lq <= MAX_DECODE_QUERIES:
+        elif is_decoding(Lq, Lk):
             yield 0, Lq, self.decode(q, k, layer)
         else:
             row = 0
