@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -123,6 +125,47 @@ def select(
             if name == "reference" and not grad and not torch.compiler.is_compiling():
                 _warn_slow(reasons)
             return candidate
+        reasons[name] = reason
+    listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise RuntimeError(f"no backend can run {op}: {listing}")
+
+
+@cache
+def _family_module(family: str, name: str) -> ModuleType | None:
+    path = f"lowcontext.ops.{family}.{name}"
+    return importlib.import_module(path) if importlib.util.find_spec(path) else None
+
+
+def implementation(family: str, op: str, backend: str, like: Tensor) -> Callable[..., Any]:
+    """The function that runs a score or select op on tensors like `like`.
+
+    The ops of a family live in the package `lowcontext.ops.<family>`, one module per backend that
+    has them: functions named as the ops, and `supports(op, like) -> reason | None`.
+
+    Args:
+        family: the package; op: the function in it.
+        backend: "auto" or a backend's name.
+        like: the tensor whose device and dtype decide.
+
+    Raises:
+        ValueError: `backend` is not a known name.
+        RuntimeError: the named backend, or with "auto" every backend, cannot run it; the message
+            lists each reason.
+    """
+    if backend != "auto":
+        backend_named(backend)
+    reasons: dict[str, str] = {}
+    for name in _MODULES if backend == "auto" else (backend,):
+        if backend == "auto" and name == "reference" and like.device.type != "cpu":
+            reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
+            continue
+        module = _family_module(family, name)
+        if module is None:
+            reasons[name] = "it does not have this op"
+            continue
+        reason = unusable(name) or module.supports(op, like)
+        if not reason:
+            return getattr(module, op)
         reasons[name] = reason
     listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise RuntimeError(f"no backend can run {op}: {listing}")

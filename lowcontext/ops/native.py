@@ -60,7 +60,7 @@ def sparse_attention(
     kv_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.sparse_attention`; returns (out, lse)."""
-    _require_library()
+    require_library()
     return torch.ops.lowcontext.sparse_attention(
         q,
         k,
@@ -88,7 +88,7 @@ def attention(
     kv_start: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.attention`; returns (out, lse)."""
-    _require_library()
+    require_library()
     return torch.ops.lowcontext.attention(q, k, v, scale, softcap, window, kv_start)
 
 
@@ -98,12 +98,13 @@ def cpu_isa() -> str:
     Raises:
         RuntimeError: the extension is not built; the message has the build command.
     """
-    _require_library()
+    require_library()
     return torch.ops.lowcontext.cpu_isa()
 
 
 @torch.compiler.assume_constant_result
-def _require_library() -> None:
+def require_library() -> None:
+    """Raises RuntimeError, with the build command, unless the extension is loaded."""
     reason = status()
     if reason:
         raise RuntimeError(f"native backend: {reason}")
