@@ -11,6 +11,11 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "attention(Tensor q, Tensor k, Tensor v, float scale, float softcap, int window, Tensor? "
       "kv_start) "
       "-> (Tensor, Tensor)");
+  m.def(
+      "last_window_scores(Tensor q, Tensor k, float scale, float softcap) -> (Tensor, Tensor)");
+  m.def(
+      "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
+      "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 }

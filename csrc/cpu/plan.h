@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/problem.h"
+#include "../common/window_scores.h"
 
 namespace lowcontext {
 
@@ -73,6 +74,10 @@ struct KernelTable {
               float* partial);
   // Merges the partial results of all splits of an item into the output.
   void (*combine)(const Problem&, const Plan&, const Item&, float* scratch, const float* partials);
+  // The passes of WindowScores, for batch row b, KV head h and a chunk of its keys.
+  void (*window_pack)(const WindowScores&, int64_t b, int64_t h);
+  void (*window_scan)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
+  void (*window_add)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
 };
 
 Plan make_plan(const Problem& problem, const KernelShape& shape);
