@@ -16,6 +16,12 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
   m.def(
       "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
       "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
+      "token_scores(Tensor q, Tensor k, Tensor? scales, Tensor? starts, int width, float scale, "
+      "bool causal) -> (Tensor, Tensor)");
+  m.def("page_scores(Tensor q, Tensor bounds) -> Tensor");
+  m.def("quantize_keys(Tensor k) -> (Tensor, Tensor)");
+  m.def("soft_vote(Tensor scores, Tensor lse, int heads) -> Tensor");
+  m.def("topk(Tensor scores, int k, Tensor? limits) -> (Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 }

@@ -8,6 +8,7 @@
 #include "plan.h"
 #include "rows.h"
 #include "vec.h"
+#include "votes.h"
 #include "window_scores.h"
 
 #if defined(__SSE__)
@@ -73,7 +74,7 @@ void combine_item(const Problem& p, const Plan& plan, const Item& item, float* s
 constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes},
                                 scratch_floats, run_item,
                                 combine_item,   window_pack,
-                                window_scan,    window_add};
+                                window_scan,    window_add,     kVotes};
 
 }  // namespace
 }  // namespace lowcontext

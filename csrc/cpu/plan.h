@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../common/problem.h"
+#include "../common/votes.h"
 #include "../common/window_scores.h"
 
 namespace lowcontext {
@@ -78,6 +79,7 @@ struct KernelTable {
   void (*window_pack)(const WindowScores&, int64_t b, int64_t h);
   void (*window_scan)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
   void (*window_add)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
+  VoteKernels votes;
 };
 
 Plan make_plan(const Problem& problem, const KernelShape& shape);

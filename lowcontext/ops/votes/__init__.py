@@ -1,0 +1,251 @@
+"""Scores of single keys and of pages, soft votes of the heads, and top-k lists.
+
+The steps of selection in decode, each a pure function: tensors in, tensors out, no host
+synchronisation, no shape that depends on data. All arithmetic is fp32.
+
+    scores, lse = token_scores(q, k)            or over pages that page_scores has chosen, or over
+    votes = soft_vote(scores, lse, heads=1)     quantize_keys(k) in the place of k
+    ids, counts = topk(votes, 2048)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowcontext.ops import _dispatch
+
+__all__ = ["page_bounds", "page_scores", "quantize_keys", "soft_vote", "token_scores", "topk"]
+
+_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def token_scores(
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float = 1.0,
+    causal: bool = True,
+    scales: Tensor | None = None,
+    pages: tuple[Tensor, int] | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Scores keys with queries; each key is read once for all query heads of its KV head.
+
+    scores[b, h, r, i] = scale * q[b, h, r] . k[b, h // G, i], and lse their log-sum-exp over i.
+
+    Args:
+        q: fp32 [B, Hq, R, D].
+        k: [B, Hkv, N, D], fp32, bf16 or fp16, last dim contiguous; or int8 with `scales`.
+        scale: factor of the scores.
+        causal: row r scores the first `N - (R - 1 - r)` keys, the others are -inf. With `pages`
+            every row scores every key of them.
+        scales: fp32 [B, Hkv, N]; key i is `scales[i] * k[i]`, as `quantize_keys` returns them.
+        pages: (int32 [B or 1, Hkv or 1, M], width): score only the `width` keys from each of these
+            positions; N is then `M * width`. A page must lie within the keys.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        fp32 [B, Hq, R, N] and fp32 [B, Hq, R], -inf for a row without keys.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+        RuntimeError: no backend, or not the named one, can run it.
+
+    Example:
+        >>> import torch
+        >>> q, k = torch.randn(1, 8, 1, 64), torch.randn(1, 2, 1000, 64)
+        >>> scores, lse = token_scores(q, k, scale=64**-0.5)
+        >>> scores.shape, lse.shape
+        (torch.Size([1, 8, 1, 1000]), torch.Size([1, 8, 1]))
+    """
+    _check_float32("q", q, 4)
+    _check_heads(q, "k", k, q.shape[3])
+    if k.dtype != torch.int8 and k.dtype not in _KEY_DTYPES:
+        raise TypeError(f"k: expected fp32, bf16, fp16 or int8, got {k.dtype}")
+    if (scales is not None) != (k.dtype == torch.int8):
+        raise ValueError(
+            f"scales: expected with int8 keys and with no others, got {type(scales).__name__} "
+            f"with {k.dtype}"
+        )
+    if scales is not None:
+        _check_float32("scales", scales, 3)
+        if scales.shape != k.shape[:3]:
+            raise ValueError(
+                f"scales: expected shape {list(k.shape[:3])}, got {list(scales.shape)}"
+            )
+    starts, width = pages if pages is not None else (None, 1)
+    if starts is not None:
+        if starts.dtype != torch.int32 or starts.dim() != 3:
+            raise ValueError(f"pages: expected int32 [B, H, M], got {starts.dtype} {starts.shape}")
+        if starts.shape[0] not in (1, k.shape[0]) or starts.shape[1] not in (1, k.shape[1]):
+            raise ValueError(
+                f"pages: expected shape [1 or {k.shape[0]}, 1 or {k.shape[1]}, M], "
+                f"got {list(starts.shape)}"
+            )
+        if not 0 < width <= k.shape[2]:
+            raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {width}")
+    run = _dispatch.implementation("votes", "token_scores", backend, k)
+    return run(q, k, scales, starts, width, float(scale), causal and starts is None)
+
+
+def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "auto") -> Tensor:
+    """Sums over heads the probability that each head gives to each key.
+
+    votes[b, s, r, i] = sum of exp(scores[b, h, r, i] - lse[b, h, r]) over the heads h of list s
+
+    Head soft vote of TokenSelect (Wu et al., arXiv 2411.02886, equation 7). No head can give more
+    than 1 in all, whatever the size of its logits.
+
+    Args:
+        scores: fp32 [B, Hq, R, N], as from `token_scores`; all heads of a row have their -inf at
+            the same keys.
+        lse: fp32 [B, Hq, R].
+        heads: lists wanted: 1 for one per row, Hkv for one per KV head.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        fp32 [B, heads, R, N]; -inf where the scores are.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> scores = torch.zeros(1, 4, 1, 8)
+        >>> soft_vote(scores, scores.logsumexp(-1))[0, 0, 0, 0].item()
+        0.5
+    """
+    _check_float32("scores", scores, 4)
+    _check_float32("lse", lse, 3)
+    if lse.shape != scores.shape[:3]:
+        raise ValueError(f"lse: expected shape {list(scores.shape[:3])}, got {list(lse.shape)}")
+    if heads < 1 or scores.shape[1] % heads:
+        raise ValueError(f"heads: expected a divisor of {scores.shape[1]}, got {heads}")
+    return _dispatch.implementation("votes", "soft_vote", backend, scores)(scores, lse, heads)
+
+
+def topk(
+    scores: Tensor, k: int, *, limits: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Ids of the largest entries of each row, ascending; of equal entries the lower ids.
+
+    Args:
+        scores: fp32 [..., N]; entries that are -inf or NaN are never taken.
+        k: most entries to take from a row.
+        limits: int [...], fewer for some rows; k for all if not given.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        int32 [..., min(k, N)] ids, 0 beyond the count, and int32 [...] counts.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> topk(torch.tensor([3.0, 1.0, 3.0, 2.0]), 2)[0]
+        tensor([0, 2], dtype=torch.int32)
+    """
+    if not isinstance(scores, Tensor) or scores.dtype != torch.float32:
+        got = scores.dtype if isinstance(scores, Tensor) else type(scores).__name__
+        raise TypeError(f"scores: expected an fp32 tensor, got {got}")
+    if scores.dim() < 1:
+        raise ValueError("scores: expected at least 1 dimension, got 0")
+    if k < 0:
+        raise ValueError(f"k: expected at least 0, got {k}")
+    rows = scores.shape[:-1]
+    if limits is not None:
+        if limits.is_floating_point():
+            raise TypeError(f"limits: expected an int tensor, got {limits.dtype}")
+        limits = limits.to(torch.int32).expand(rows).reshape(-1)
+    flat = scores.reshape(-1, scores.shape[-1])
+    ids, counts = _dispatch.implementation("votes", "topk", backend, scores)(flat, k, limits)
+    return ids.view(*rows, ids.shape[-1]), counts.view(rows)
+
+
+def page_bounds(k: Tensor, page: int) -> Tensor:
+    """Channel-wise minimum and maximum of the keys of every complete page.
+
+    Args:
+        k: [B, Hkv, N, D], a floating dtype.
+        page: keys per page.
+
+    Returns:
+        fp32 [B, Hkv, N // page, 2 * D]: minima, then maxima.
+
+    Raises:
+        ValueError: `page` is below 1.
+    """
+    if page < 1:
+        raise ValueError(f"page: expected at least 1, got {page}")
+    B, H, N, D = k.shape
+    keys = k[:, :, : N // page * page].reshape(B, H, N // page, page, D)
+    # Before fp32: minimum and maximum of bf16 are exact, and half the bytes to read.
+    return torch.cat([keys.amin(dim=3), keys.amax(dim=3)], dim=-1).float()
+
+
+def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
+    """An upper bound of q . key over the keys of each page.
+
+    bound(q, page) = sum_d max(q_d * min_d, q_d * max_d), Quest (Tang et al., arXiv 2406.10774,
+    section 3).
+
+    Args:
+        q: fp32 [B, Hq, R, D].
+        bounds: fp32, bf16 or fp16 [B, Hkv, P, 2 * D], as from `page_bounds`.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        fp32 [B, Hq, R, P].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    _check_float32("q", q, 4)
+    _check_heads(q, "bounds", bounds, 2 * q.shape[3])
+    if bounds.dtype not in _KEY_DTYPES:
+        raise TypeError(f"bounds: expected fp32, bf16 or fp16, got {bounds.dtype}")
+    return _dispatch.implementation("votes", "page_scores", backend, bounds)(q, bounds)
+
+
+def quantize_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Keys in 8 bits with one scale for each key: scale = max |k_d| / 127, rounded to even.
+
+    For scoring only; attention reads the keys themselves.
+
+    Args:
+        k: [B, Hkv, N, D], fp32, bf16 or fp16.
+        backend: "auto", "native" or "reference".
+
+    Returns:
+        int8 [B, Hkv, N, D] and fp32 [B, Hkv, N].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    if not isinstance(k, Tensor) or k.dtype not in _KEY_DTYPES:
+        got = k.dtype if isinstance(k, Tensor) else type(k).__name__
+        raise TypeError(f"k: expected fp32, bf16 or fp16, got {got}")
+    if k.dim() != 4:
+        raise ValueError(f"k: expected 4 dimensions [B, Hkv, N, D], got {list(k.shape)}")
+    return _dispatch.implementation("votes", "quantize_keys", backend, k)(k)
+
+
+def _check_float32(name: str, x: Tensor, dims: int) -> None:
+    if not isinstance(x, Tensor) or x.dtype != torch.float32:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"{name}: expected an fp32 tensor, got {got}")
+    if x.dim() != dims:
+        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(x.shape)}")
+
+
+def _check_heads(q: Tensor, name: str, k: Tensor, width: int) -> None:
+    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != width:
+        raise ValueError(
+            f"{name}: expected shape {[q.shape[0], 'Hkv', 'N', width]}, got {list(k.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(f"q: expected a multiple of {k.shape[1]} heads, got {q.shape[1]}")
+    if k.device != q.device:
+        raise ValueError(f"{name}: expected device {q.device} of q, got {k.device}")

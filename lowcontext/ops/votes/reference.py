@@ -1,0 +1,95 @@
+"""Plain PyTorch on any device: what the other backends are tested against."""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+
+def supports(op: str, like: Tensor) -> str | None:
+    """Supports everything."""
+    return None
+
+
+def token_scores(
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor | None,
+    starts: Tensor | None,
+    width: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """See `lowcontext.ops.votes.token_scores`."""
+    R, Hkv = q.shape[2], k.shape[1]
+    if starts is not None:
+        offsets = torch.arange(width, device=k.device)
+        keys = (starts.long()[..., None] + offsets).flatten(2).expand(*k.shape[:2], -1)
+        k = k.gather(2, keys[..., None].expand(-1, -1, -1, k.shape[3]))
+        scales = None if scales is None else scales.gather(2, keys)
+    grouped = rearrange(q * scale, "b (h g) r d -> b h (g r) d", h=Hkv)
+    scores = grouped @ k.float().transpose(2, 3)
+    if scales is not None:
+        scores = scores * scales[:, :, None]
+    scores = rearrange(scores, "b h (g r) n -> b (h g) r n", r=R)
+    if causal and R > 1:
+        N = k.shape[2]
+        last = torch.arange(N - R, N, device=k.device)[:, None]
+        scores = scores.masked_fill(torch.arange(N, device=k.device) > last, -torch.inf)
+    return scores.contiguous(), scores.logsumexp(dim=-1)
+
+
+def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """See `lowcontext.ops.votes.soft_vote`."""
+    base = torch.where(lse == -torch.inf, 0.0, lse)
+    weights = torch.exp(scores - base[..., None])
+    votes = rearrange(weights, "b (s g) r n -> b s g r n", s=heads).sum(dim=2)
+    none = rearrange(scores, "b (s g) r n -> b s g r n", s=heads)[:, :, 0] == -torch.inf
+    return votes.masked_fill(none, -torch.inf)
+
+
+def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """See `lowcontext.ops.votes.topk`; scores [rows, N]."""
+    N = scores.shape[-1]
+    width = min(k, N)
+    if width == 0:
+        counts = torch.zeros(scores.shape[0], dtype=torch.int32, device=scores.device)
+        return counts.new_zeros(scores.shape[0], 0), counts
+    scores = scores.masked_fill(scores.isnan(), -torch.inf)
+    most = torch.full_like(scores[:, 0], width, dtype=torch.int32) if limits is None else limits
+    most = most.clamp(0, width)[:, None].long()
+    # The k-th largest value splits the row; which of equal entries torch.topk takes is undefined.
+    threshold = scores.topk(width, dim=-1).values.gather(-1, (most - 1).clamp(min=0))
+    above = scores > threshold
+    ties = scores == threshold
+    room = most - above.sum(-1, keepdim=True)
+    keep = above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
+    keep = keep & (most > 0) & (scores > -torch.inf)
+    rank = keep.to(torch.int32).cumsum(-1)
+    slot = torch.where(keep, rank - 1, width).clamp(max=width).long()
+    ids = torch.zeros(scores.shape[0], width + 1, dtype=torch.int32, device=scores.device)
+    source = torch.arange(N, device=scores.device, dtype=torch.int32).expand(keep.shape)
+    ids.scatter_(1, slot, source)
+    ids = ids[:, :width]
+    counts = rank[:, -1].to(torch.int32)
+    listed = torch.arange(width, device=scores.device) < counts[:, None]
+    return torch.where(listed, ids, 0), counts
+
+
+def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    """See `lowcontext.ops.votes.page_scores`."""
+    # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.
+    signed = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1)
+    grouped = rearrange(signed, "b (h g) r d -> b h (g r) d", h=bounds.shape[1])
+    scores = grouped @ bounds.float().transpose(2, 3)
+    return rearrange(scores, "b h (g r) p -> b (h g) r p", r=q.shape[2])
+
+
+def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    """See `lowcontext.ops.votes.quantize_keys`."""
+    keys = k.float()
+    largest = keys.abs().amax(dim=-1)
+    # Not 127.0 / largest: that is a product with the reciprocal, rounded twice.
+    factor = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
+    return (keys * factor[..., None]).round().to(torch.int8), largest / 127.0

@@ -1,0 +1,228 @@
+"""Scores, votes and top-k against fp64 oracles, on every backend and instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowcontext.ops import native, votes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels() -> list[str]:
+    """The reference, and native with each instruction set of this machine."""
+    found = ["reference"]
+    if native.status() is not None:
+        return found
+    for isa in ("avx512", "avx2", "portable"):
+        try:
+            torch.ops.lowcontext._set_cpu_isa(isa)
+        except RuntimeError:
+            continue
+        found.append(isa)
+    torch.ops.lowcontext._set_cpu_isa("auto")
+    return found
+
+
+@pytest.fixture(params=kernels())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    if request.param == "reference":
+        yield "reference"
+        return
+    torch.ops.lowcontext._set_cpu_isa(request.param)
+    yield "native"
+    torch.ops.lowcontext._set_cpu_isa("auto")
+
+
+def rand(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def poisoned(x: Tensor) -> Tensor:
+    """The same values as a view of a larger buffer that holds NaN elsewhere."""
+    big = torch.full([n + 3 for n in x.shape], torch.nan, dtype=x.dtype)
+    view = big[tuple(slice(1, 1 + n) for n in x.shape)]
+    view.copy_(x)
+    return view
+
+
+def oracle_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """fp64 [B, Hq, R, N]; query head h against key head h // G, -inf after the row's last key."""
+    R, N, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    scores = scale * q.double() @ k.double().repeat_interleave(G, dim=1).transpose(2, 3)
+    future = torch.arange(N) > torch.arange(N - R, N)[:, None]
+    return scores.masked_fill(future, -torch.inf)
+
+
+def oracle_topk(row: list[float], k: int) -> list[int]:
+    ids = [i for i, x in enumerate(row) if x == x and x > -torch.inf]
+    return sorted(sorted(ids, key=lambda i: (-row[i], i))[: max(k, 0)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("G", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize(("R", "N", "D"), [(1, 1500, 64), (3, 1025, 20), (9, 9, 128), (1, 1, 7)])
+def test_scores_and_their_lse_equal_fp64(
+    backend: str, dtype: torch.dtype, G: int, R: int, N: int, D: int
+) -> None:
+    q, k = poisoned(rand(2, 2 * G, R, D)), poisoned(rand(2, 2, N, D, seed=1).to(dtype))
+    scores, lse = votes.token_scores(q, k, scale=0.3, backend=backend)
+    expected = oracle_scores(q, k, 0.3)
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("G", [1, 4, 7])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_scores_of_pages_equal_the_scores_of_their_keys(backend: str, G: int, heads: int) -> None:
+    q, k = rand(2, 2 * G, 2, 32), rand(2, 2, 700, 32, seed=1)
+    starts = torch.randint(0, 700 - 24, (2, heads, 90), generator=torch.Generator().manual_seed(2))
+    starts = starts.sort(dim=-1).values.to(torch.int32)
+    scores, lse = votes.token_scores(q, k, pages=(starts, 24), backend=backend)
+    keys = (starts[..., None] + torch.arange(24)).flatten(2).long().repeat_interleave(2 // heads, 1)
+    everything = q.double() @ k.double().repeat_interleave(G, 1).transpose(2, 3)
+    expected = everything.gather(3, keys.repeat_interleave(G, 1)[:, :, None].expand(-1, -1, 2, -1))
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected.logsumexp(-1), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_quantised_keys_are_within_half_a_step(backend: str, dtype: torch.dtype) -> None:
+    k = rand(2, 3, 1100, 40).to(dtype)
+    k[:, :, 5] = 0
+    small, scales = votes.quantize_keys(poisoned(k), backend=backend)
+    error = (small.double() * scales.double()[..., None] - k.double()).abs()
+    assert bool((error <= 0.5001 * scales.double()[..., None]).all())
+    assert bool((scales == k.float().abs().amax(-1) / 127).all())
+    q = rand(2, 6, 1, 40, seed=1)
+    scores, _ = votes.token_scores(q, small, scales=scales, backend=backend)
+    expected = oracle_scores(q, small.double() * scales.double()[..., None], 1.0)
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_votes_sum_probabilities_over_the_heads_of_a_list(backend: str, heads: int) -> None:
+    scores = oracle_scores(3 * rand(2, 4, 5, 16), rand(2, 2, 300, 16, seed=1), 1.0)
+    out = votes.soft_vote(
+        scores.float(), scores.logsumexp(-1).float(), heads=heads, backend=backend
+    )
+    expected = scores.softmax(-1).unflatten(1, (heads, 4 // heads)).sum(2)
+    future = scores[:, :1] == -torch.inf
+    assert bool((out[future.expand_as(out)] == -torch.inf).all())
+    seen = out.masked_fill(future, 0.0).double()
+    torch.testing.assert_close(seen, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_row_without_candidates_has_no_votes(backend: str) -> None:
+    scores = torch.full((1, 2, 1, 40), -torch.inf)
+    out = votes.soft_vote(scores, torch.full((1, 2, 1), -torch.inf), backend=backend)
+    assert bool((out == -torch.inf).all())
+
+
+@pytest.mark.parametrize("N", [1, 2, 15, 16, 17, 300, 5000])
+@pytest.mark.parametrize("kind", ["distinct", "ties", "equal", "few", "signs"])
+def test_topk_equals_a_stable_sort(backend: str, N: int, kind: str) -> None:
+    gen = torch.Generator().manual_seed(N)
+    x = torch.randn(6, N, generator=gen)
+    if kind == "ties":
+        x = (2 * x).round()
+    elif kind == "equal":
+        x = torch.full_like(x, -3.0)
+    elif kind == "few":
+        x = x.masked_fill(torch.rand(x.shape, generator=gen) < 0.9, -torch.inf)
+        x[0, ::3] = torch.nan
+    elif kind == "signs":
+        x = torch.where(x > 0, 0.0, -0.0)
+        x[:, ::5] = 1e-44  # subnormal
+    for k in {0, 1, N // 10, N // 2, N - 1, N, N + 5}:
+        limits = torch.tensor([k, k // 2, 0, k, 1, k])
+        ids, counts = votes.topk(x, k, limits=limits, backend=backend)
+        assert ids.shape == (6, min(k, N))
+        for row in range(6):
+            expected = oracle_topk(x[row].tolist(), min(int(limits[row]), k))
+            assert ids[row, : int(counts[row])].tolist() == expected, (k, row)
+            assert not ids[row, int(counts[row]) :].any()
+
+
+def test_topk_of_clustered_scores_equals_a_stable_sort(backend: str) -> None:
+    # The largest entries side by side: the bound of the group maxima is then far below the k-th.
+    x = rand(3, 20000)
+    x[:, 4000:6000] += 100
+    for k in (1, 100, 1999, 2048, 2500):
+        ids, counts = votes.topk(x, k, backend=backend)
+        assert counts.tolist() == [k] * 3
+        for row in range(3):
+            assert ids[row].tolist() == oracle_topk(x[row].tolist(), k)
+
+
+@pytest.mark.parametrize("G", [1, 4, 7])
+def test_page_scores_bound_every_key_and_equal_the_formula(backend: str, G: int) -> None:
+    q, k = rand(2, 2 * G, 3, 24), rand(2, 2, 330, 24, seed=1)
+    bounds = votes.page_bounds(k, 16)
+    scores = votes.page_scores(q, bounds, backend=backend)
+    pages = k.double()[:, :, :320].unflatten(2, (20, 16)).repeat_interleave(G, 1)
+    low, high = pages.amin(3)[:, :, None], pages.amax(3)[:, :, None]  # [B, Hq, 1, P, D]
+    query = q.double()[:, :, :, None]
+    expected = torch.maximum(query * low, query * high).sum(-1)
+    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    exact = torch.einsum("bhrd,bhpsd->bhrps", q.double(), pages).amax(-1)
+    assert bool((expected >= exact - 1e-9).all())
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"native backend: {native.status()}")
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    q, k = rand(1, 8, 2, 64), rand(1, 2, 9000, 64, seed=1)
+    before, outs = torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        scores, lse = votes.token_scores(q, k)
+        ballot = votes.soft_vote(scores, lse, heads=2)
+        outs.append((scores, lse, ballot, *votes.topk(ballot, 700)))
+    torch.set_num_threads(before)
+    for out in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(out, outs[0], strict=True))
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"native backend: {native.status()}")
+def test_the_fake_ops_agree_with_the_real_ones() -> None:
+    q, k = rand(1, 4, 2, 16), rand(1, 2, 64, 16)
+    votes.topk(votes.soft_vote(*votes.token_scores(q, k)), 4)  # registers the fakes
+    ops = torch.ops.lowcontext
+    starts = torch.tensor([[[0, 8, 32]]], dtype=torch.int32)
+    small, scales = ops.quantize_keys(k)
+    calls = [
+        (ops.token_scores, (q, k, None, None, 1, 1.0, True)),
+        (ops.token_scores, (q, small, scales, starts, 8, 1.0, False)),
+        (ops.soft_vote, (torch.zeros(1, 4, 2, 9), torch.zeros(1, 4, 2), 2)),
+        (ops.topk, (torch.zeros(3, 9), 4, None)),
+        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32))),
+        (ops.quantize_keys, (k,)),
+    ]
+    for op, args in calls:
+        torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_arguments_are_checked_by_name() -> None:
+    q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 64, 16)
+    for name, error, call in [
+        ("q", TypeError, lambda: votes.token_scores(q.half(), k)),
+        ("q", ValueError, lambda: votes.token_scores(q[:, :3], k)),
+        ("k", ValueError, lambda: votes.token_scores(q, k[..., :8])),
+        ("k", TypeError, lambda: votes.token_scores(q, k.double())),
+        ("scales", ValueError, lambda: votes.token_scores(q, k.to(torch.int8))),
+        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=(torch.zeros(1, 2, 3), 8))),
+        ("lse", ValueError, lambda: votes.soft_vote(q, torch.zeros(1, 4, 2))),
+        ("heads", ValueError, lambda: votes.soft_vote(q, torch.zeros(1, 4, 1), heads=3)),
+        ("scores", TypeError, lambda: votes.topk(q.half(), 2)),
+        ("k", ValueError, lambda: votes.topk(q, -1)),
+        ("limits", TypeError, lambda: votes.topk(q, 1, limits=torch.zeros(1, 4, 1))),
+        ("bounds", ValueError, lambda: votes.page_scores(q, k)),
+        ("page", ValueError, lambda: votes.page_bounds(k, 0)),
+        ("k", TypeError, lambda: votes.quantize_keys(k.double())),
+    ]:
+        with pytest.raises(error, match=f"^{name}: expected"):
+            call()
