@@ -16,6 +16,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
   m.def(
       "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
       "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
       "token_scores(Tensor q, Tensor k, Tensor? scales, Tensor? starts, int width, float scale, "
       "bool causal) -> (Tensor, Tensor)");
   m.def("page_scores(Tensor q, Tensor bounds) -> Tensor");
