@@ -35,8 +35,13 @@ def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
     return keep & (k > 0) & (scores > -torch.inf)
 
 
+def block_means(k: Tensor, block: int) -> Tensor:
+    """fp32 mean of each block of keys: [B, Hkv, n * block, D] to [B, Hkv, n, D]."""
+    return rearrange(k, "b h (n s) d -> b h n s d", s=block).mean(dim=3, dtype=torch.float32)
+
+
 def block_statistics(
-    memory: dict[str, Any], k: Tensor, block: int, reduce: Callable[[Tensor], Tensor]
+    memory: dict[str, Any], k: Tensor, block: int, reduce: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
     """A statistic of every complete block of keys, computed once per block.
 
@@ -47,16 +52,15 @@ def block_statistics(
         memory: the method's memory of this layer; uses the key "blocks".
         k: [B, Hkv, Lk, D].
         block: keys per block.
-        reduce: maps fp32 [B, Hkv, n, block, D] to [B, Hkv, n, E].
+        reduce: maps keys [B, Hkv, n * block, D] and `block` to [B, Hkv, n, E].
 
     Returns:
-        fp32 [B, Hkv, Lk // block, E].
+        [B, Hkv, Lk // block, E].
     """
     total = k.shape[2] // block
     buffer, done = memory.get("blocks", (None, 0))
     if done < total or buffer is None:
-        keys = k[:, :, done * block : total * block].float()
-        new = reduce(rearrange(keys, "b h (n s) d -> b h n s d", s=block))
+        new = reduce(k[:, :, done * block : total * block], block)
         if buffer is None or buffer.shape[2] < total:
             grown = new.new_empty(*new.shape[:2], max(total + total // 2, 64), new.shape[3])
             if buffer is not None:

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import block_statistics, top_k_mask
+from lowcontext.methods._select import block_means, block_statistics
 from lowcontext.methods.base import LayerContext, Method
+from lowcontext.ops import votes
 
 
 @dataclass(frozen=True)
@@ -68,28 +68,49 @@ class BlockTopK(Method):
         limit = self.budget // width
         if limit * width >= Lk:
             return None
-        means = block_statistics(layer.memory, k, width, lambda keys: keys.mean(dim=3))
+        means = block_statistics(layer.memory, k, width, block_means)
         pooled = _pool_queries(q, Lk - Lq, block_q)  # [B, Hq, Nq, D]
-        grouped = rearrange(pooled, "b (h g) n d -> b h (g n) d", h=k.shape[1])
-        scores = grouped @ means.transpose(2, 3)
-        scores = rearrange(scores, "b h (g n) m -> b (h g) n m", n=pooled.shape[2])
 
         first, Nq = BlockIndex.query_blocks(Lq, Lk, block_q)
-        Nk = -(-Lk // width)
         block = torch.arange(first, first + Nq, device=q.device)
         row0 = (block * block_q).clamp(min=Lk - Lq)
         row1 = ((block + 1) * block_q).clamp(max=Lk)
-        local0 = ((row0 - self.local).clamp(min=0) // width)[:, None]  # first local block
-        local1 = ((row1 - 1) // width)[:, None]  # block of the last query
-        m = torch.arange(Nk, device=q.device)
-        sinks = -(-self.sink // width)
-        forced = ((m >= local0) & (m <= local1)) | ((m < sinks) & (m <= local1))  # [Nq, Nk]
-        candidates = (m < local0) & (m >= sinks)
-        complete = means.shape[2]
-        scores = scores.masked_fill(~candidates[:, :complete], -torch.inf)
-        keep = forced.expand(*scores.shape[:2], Nq, Nk).clone()
-        keep[..., :complete] |= top_k_mask(scores, limit - forced.sum(-1), limit)
-        return BlockIndex.from_blocks(keep, (block_q, width), limit)
+        local0 = (row0 - self.local).clamp(min=0) // width  # first local block
+        local1 = (row1 - 1) // width  # block of the last query
+        sinks = (local1 + 1).clamp(max=-(-self.sink // width))
+        local0 = torch.maximum(local0, sinks)
+        forced = sinks + local1 + 1 - local0  # [Nq]
+
+        # Candidates lie between the sink and the local blocks.
+        low = min(-(-self.sink // width), means.shape[2])
+        scores, _ = votes.token_scores(pooled, means[:, :, low:], causal=False)
+        candidates = torch.arange(low, means.shape[2], device=q.device) < local0[:, None]
+        scores = scores.masked_fill(~candidates, -torch.inf)
+        limits = (limit - forced).expand(scores.shape[:3])
+        ids, counts = votes.topk(scores, limit, limits=limits)
+        return _merge(ids + low, counts, sinks, local0, local1, limit, (block_q, width))
+
+
+def _merge(
+    ids: Tensor,
+    counts: Tensor,
+    sinks: Tensor,
+    local0: Tensor,
+    local1: Tensor,
+    limit: int,
+    block_size: tuple[int, int],
+) -> BlockIndex:
+    """Sink blocks [0, sinks), the chosen ids, then local blocks [local0, local1] as one list."""
+    slot = torch.arange(limit, device=ids.device)
+    sinks, local0, local1 = (x.int()[:, None] for x in (sinks, local0, local1))  # [Nq, 1]
+    chosen = counts[..., None]  # [B, Hq, Nq, 1]
+    rank = (slot - sinks).clamp(0, max(ids.shape[3] - 1, 0)).expand(*counts.shape, limit)
+    middle = ids.gather(3, rank) if ids.shape[3] else slot.int()
+    blocks = torch.where(slot < sinks, slot.int(), middle)
+    tail = slot.int() - sinks - chosen + local0
+    blocks = torch.where(slot < sinks + chosen, blocks, tail)
+    total = (sinks + chosen + local1 + 1 - local0)[..., 0]
+    return BlockIndex(total.to(torch.int32), blocks * block_size[1], block_size)
 
 
 def _pool_queries(q: Tensor, offset: int, block_q: int) -> Tensor:

@@ -10,8 +10,9 @@ from einops import rearrange
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import block_statistics, top_k_mask
+from lowcontext.methods._select import block_statistics
 from lowcontext.methods.base import LayerContext, Method
+from lowcontext.ops import votes
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Quest(Method):
     bound(q, page) = sum_d max(q_d * min_d, q_d * max_d) >= q . key for every key of the page.
     Prefill is dense. The page of the query itself, full or not, is always read; the rest of the
     budget goes to the complete pages before it. Bounds come from the keys as the model rotated
-    them and cost 8 bytes * D per page and KV head, kept in fp32.
+    them; they cost two keys per page, in the dtype of the keys.
 
     Args:
         budget: keys that a query reads, its own page included.
@@ -54,22 +55,17 @@ class Quest(Method):
         limit = self.budget // self.page
         if limit * self.page >= Lk:
             return None
-        bounds = block_statistics(
-            layer.memory, k, self.page, lambda x: torch.cat([x.amin(dim=3), x.amax(dim=3)], dim=-1)
-        )
-        # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.
-        signed = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1).float()
-        grouped = rearrange(signed, "b (h g) r d -> b h (g r) d", h=k.shape[1])
-        scores = grouped @ bounds.transpose(2, 3)  # bounds: [B, Hkv, P, 2 * D]
-        scores = rearrange(scores, "b h (g r) p -> b h g r p", r=Lq)
-        scores = scores.amax(dim=2) if self.scope == "kv_head" else scores.flatten(1, 2)
-
-        own = torch.arange(Lk - Lq, Lk, device=q.device)[:, None] // self.page  # page of the query
-        complete = scores.shape[-1]
-        past = torch.arange(complete, device=q.device) < own
-        scores = scores.masked_fill(~past, -torch.inf)
-        chosen = top_k_mask(scores, torch.tensor(limit - 1, device=q.device), limit - 1)
-        keep = torch.arange(-(-Lk // self.page), device=q.device) == own
-        keep = keep.expand(*scores.shape[:3], -1).clone()
-        keep[..., :complete] |= chosen
-        return BlockIndex.from_blocks(keep, (1, self.page), limit)
+        bounds = block_statistics(layer.memory, k, self.page, votes.page_bounds)
+        own = torch.arange(Lk - Lq, Lk, device=q.device) // self.page  # page of each query
+        last = (Lk - 1) // self.page
+        scores = votes.page_scores(q.float(), bounds[:, :, :last])
+        if self.scope == "kv_head":
+            scores = rearrange(scores, "b (h g) r p -> b h g r p", h=k.shape[1]).amax(dim=2)
+        if Lq > 1:
+            past = torch.arange(last, device=q.device) < own[:, None]
+            scores = scores.masked_fill(~past, -torch.inf)
+        pages, counts = votes.topk(scores, limit - 1)
+        # The own page comes behind the pages before it.
+        pages = torch.nn.functional.pad(pages, (0, 1))
+        pages.scatter_(3, counts[..., None].long(), own.int()[:, None].expand(*counts.shape, 1))
+        return BlockIndex(counts + 1, pages * self.page, (1, self.page))

@@ -140,7 +140,8 @@ def implementation(family: str, op: str, backend: str, like: Tensor) -> Callable
     """The function that runs a score or select op on tensors like `like`.
 
     The ops of a family live in the package `lowcontext.ops.<family>`, one module per backend that
-    has them: functions named as the ops, and `supports(op, like) -> reason | None`.
+    has them: functions named as the ops, and `supports(op, like) -> reason | None`. On a GPU "auto"
+    takes a `reference` only where that module says `FIT_FOR_GPU = True`: a few large PyTorch calls.
 
     Args:
         family: the package; op: the function in it.
@@ -156,12 +157,13 @@ def implementation(family: str, op: str, backend: str, like: Tensor) -> Callable
         backend_named(backend)
     reasons: dict[str, str] = {}
     for name in _MODULES if backend == "auto" else (backend,):
-        if backend == "auto" and name == "reference" and like.device.type != "cpu":
-            reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
-            continue
         module = _family_module(family, name)
         if module is None:
             reasons[name] = "it does not have this op"
+            continue
+        silent = like.device.type in ("cpu", "meta") or getattr(module, "FIT_FOR_GPU", False)
+        if backend == "auto" and name == "reference" and not silent:
+            reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
             continue
         reason = unusable(name) or module.supports(op, like)
         if not reason:

@@ -172,7 +172,7 @@ def page_bounds(k: Tensor, page: int) -> Tensor:
         page: keys per page.
 
     Returns:
-        fp32 [B, Hkv, N // page, 2 * D]: minima, then maxima.
+        [B, Hkv, N // page, 2 * D] in k's dtype, which holds them exactly: minima, then maxima.
 
     Raises:
         ValueError: `page` is below 1.
@@ -181,8 +181,7 @@ def page_bounds(k: Tensor, page: int) -> Tensor:
         raise ValueError(f"page: expected at least 1, got {page}")
     B, H, N, D = k.shape
     keys = k[:, :, : N // page * page].reshape(B, H, N // page, page, D)
-    # Before fp32: minimum and maximum of bf16 are exact, and half the bytes to read.
-    return torch.cat([keys.amin(dim=3), keys.amax(dim=3)], dim=-1).float()
+    return torch.cat([keys.amin(dim=3), keys.amax(dim=3)], dim=-1)
 
 
 def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:

@@ -6,6 +6,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+# Matrix products, a softmax and a top-k over whole tensors.
+FIT_FOR_GPU = True
+
 
 def supports(op: str, like: Tensor) -> str | None:
     """Supports everything."""
