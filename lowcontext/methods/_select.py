@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor
+
+from lowcontext.index import BlockIndex
 
 
 def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
@@ -69,3 +71,51 @@ def block_statistics(
         buffer[:, :, done:total] = new
         memory["blocks"] = (buffer, total)
     return buffer[:, :, :total]
+
+
+def join_heads(parts: Sequence[tuple[list[int], BlockIndex]]) -> BlockIndex:
+    """One index from indices of disjoint query heads.
+
+    Args:
+        parts: (heads, index with one head for each of them); together all heads, and of one block
+            size and one number of query blocks.
+
+    Returns:
+        BlockIndex with every head, as wide as the widest part.
+    """
+    if len(parts) == 1 and parts[0][0] == list(range(len(parts[0][0]))):
+        return parts[0][1]
+    heads = sum(len(each) for each, _ in parts)
+    first = parts[0][1]
+
+    def joined(tensors: list[Tensor | None]) -> Tensor | None:
+        present = [x for x in tensors if x is not None]
+        if not present:
+            return None
+        like = present[0]
+        shape = list(like.shape)
+        shape[1] = heads
+        if like.dim() == 4:
+            shape[3] = max(x.shape[3] for x in present)
+        # Entries past a count are never read, counts of absent lists are 0.
+        out = like.new_zeros(shape) if like.dim() == 3 else like.new_empty(shape)
+        for (each, _), x in zip(parts, tensors, strict=True):
+            if x is None:
+                continue
+            if x.dim() == 3:
+                out[:, each] = x
+            else:
+                out[:, each, :, : x.shape[3]] = x
+        return out
+
+    counts = joined([index.kv_num_blocks for _, index in parts])
+    starts = joined([index.kv_starts for _, index in parts])
+    if counts is None or starts is None:
+        raise ValueError("parts: expected at least one index, got none")
+    return BlockIndex(
+        counts,
+        starts,
+        first.block_size,
+        joined([index.kv_num_columns for _, index in parts]),
+        joined([index.kv_columns for _, index in parts]),
+    )

@@ -16,7 +16,16 @@ from lowcontext.methods import combine, method_class
 METHODS = lowcontext.available_methods()
 SMALL = {"budget": 512, "window": 96, "dense_layers": 0, "min_length": 0}
 # Values at which every method reads everything; a new method adds its own budget here.
-COVERING = {"budget": 10**6, "window": 10**6, "stride": 1, "dense_layers": 0}
+COVERING = {
+    "budget": 10**6,
+    "window": 10**6,
+    "stride": 1,
+    "dense_layers": 0,
+    "min_length": 0,
+    "gain": 0.0,
+    "vertical": 10**6,
+    "slash": 10**6,
+}
 
 
 def make(name: str, values: dict = SMALL) -> Method:

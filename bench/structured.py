@@ -1,0 +1,89 @@
+"""Queries and keys whose attention has the structure that long-context heads show.
+
+logit(i, j) = sink[j = 0] + vertical strength of key j + sum_k a_k bump(i - j - offset_k)
+              + needles + noise,        bump(x) = mean_f cos(theta_f x),
+
+built as dot products: rotated features (one set of rotary frequencies) for the distances, one
+direction each for the sink and the verticals, random directions for needles and noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FREQUENCIES = 24
+NOISE = 12
+D = 2 * FREQUENCIES + 4 + NOISE  # 64
+
+
+@dataclass(frozen=True)
+class Head:
+    """What one query head looks for; strengths are logits.
+
+    Args:
+        sink: the first key.
+        vertical: the keys that this KV head marks as important; strengths vary with the key.
+        local: distance 0 and its neighbourhood.
+        slashes: (offset as a share of the length, strength) of far diagonals.
+        needle: keys that single queries look for, two of a hundred queries, anywhere in the past.
+        noise: standard deviation.
+    """
+
+    sink: float = 6.0
+    vertical: float = 0.0
+    local: float = 0.0
+    slashes: tuple[tuple[float, float], ...] = ()
+    needle: float = 0.0
+    noise: float = 1.0
+
+
+# Two KV heads of four query heads.
+HEADS = (
+    Head(local=14.0),
+    Head(vertical=9.0, local=6.0),
+    Head(local=8.0, slashes=((0.13, 13.0), (0.31, 12.0))),
+    Head(sink=4.0, vertical=7.0, local=8.0, slashes=((0.07, 12.0),), noise=1.5),
+    Head(sink=10.0, local=10.0),
+    Head(vertical=8.0, noise=1.5),
+    Head(local=10.0, needle=12.0),
+    Head(sink=3.0, local=4.0, noise=2.0),
+)
+
+
+def structured(N: int, seed: int = 0, heads: tuple[Head, ...] = HEADS) -> tuple[Tensor, Tensor]:
+    """(q [1, H, N, 64], k [1, H / 4, N, 64]), to be used with scale 1."""
+    gen = torch.Generator().manual_seed(seed)
+    position = torch.arange(N, dtype=torch.float64)
+    theta = 10000.0 ** (-torch.arange(FREQUENCIES, dtype=torch.float64) / FREQUENCIES)
+
+    def rotated(at: Tensor) -> Tensor:
+        angle = at[:, None] * theta
+        return torch.cat([angle.cos(), angle.sin()], dim=1).float() / FREQUENCIES**0.5
+
+    groups = len(heads) // 4
+    k = torch.zeros(1, groups, N, D)
+    q = torch.zeros(1, len(heads), N, D)
+    noise = slice(2 * FREQUENCIES + 4, D)
+    for g in range(groups):
+        k[0, g, :, : 2 * FREQUENCIES] = rotated(position)
+        k[0, g, 0, 2 * FREQUENCIES] = 1.0
+        marked = torch.randperm(N, generator=gen)[: max(1, N // 128)]
+        k[0, g, marked, 2 * FREQUENCIES + 1] = 0.6 + 0.4 * torch.rand(len(marked), generator=gen)
+        k[0, g, :, noise] = torch.randn(N, NOISE, generator=gen) / NOISE**0.5
+    for h, head in enumerate(heads):
+        row = q[0, h]
+        row[:, : 2 * FREQUENCIES] = head.local * rotated(position)
+        for share, strength in head.slashes:
+            row[:, : 2 * FREQUENCIES] += strength * rotated(position - int(share * N))
+        row[:, 2 * FREQUENCIES] = head.sink
+        row[:, 2 * FREQUENCIES + 1] = head.vertical
+        row[:, noise] = head.noise * torch.randn(N, NOISE, generator=gen)
+        if head.needle:
+            looking = (torch.rand(N, generator=gen) < 0.02).nonzero()[:, 0]
+            found = (torch.rand(len(looking), generator=gen) * looking).long()
+            content = k[0, h // 4, found, noise]
+            row[looking, noise] += head.needle * content / content.square().sum(-1, keepdim=True)
+    return q, k
