@@ -11,8 +11,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "attention(Tensor q, Tensor k, Tensor v, float scale, float softcap, int window, Tensor? "
       "kv_start) "
       "-> (Tensor, Tensor)");
-  m.def(
-      "last_window_scores(Tensor q, Tensor k, float scale, float softcap) -> (Tensor, Tensor)");
+  m.def("last_window_scores(Tensor q, Tensor k, float scale, float softcap) -> (Tensor, Tensor)");
   m.def(
       "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
       "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
@@ -23,6 +22,18 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
   m.def("quantize_keys(Tensor k) -> (Tensor, Tensor)");
   m.def("soft_vote(Tensor scores, Tensor lse, int heads) -> Tensor");
   m.def("topk(Tensor scores, int k, Tensor? limits) -> (Tensor, Tensor)");
+  m.def(
+      "hip_tree(Tensor q, Tensor k, int block_q, int block_k, int sink, int window, int picks, int "
+      "lists, int width, int row_stride, bool mean_rows, int representative, int ahead, int leaf, "
+      "int key_stride, int beam) -> (Tensor, Tensor)");
+  m.def(
+      "hip_stage(Tensor q, Tensor k, int block_q, int block_k, int sink, int window, int picks, "
+      "int "
+      "lists, int width, int row_stride, bool mean_rows, int representative, int behind, int "
+      "ahead, "
+      "int chunk, bool final, bool last_score, Tensor? counts, Tensor? starts, int chunk_before) "
+      "-> "
+      "(Tensor, Tensor)");
   m.def("cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 }

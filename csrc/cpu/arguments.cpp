@@ -30,6 +30,8 @@ TensorView view_of(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
 
+}  // namespace
+
 IndexView index_view(const Tensor& t, const char* name, int64_t dims, int64_t batch, int64_t heads,
                      int64_t blocks) {
   LC_CHECK(t.is_cpu(), name, "a CPU tensor", "another device");
@@ -51,8 +53,6 @@ IndexView index_view(const Tensor& t, const char* name, int64_t dims, int64_t ba
   }
   return view;
 }
-
-}  // namespace
 
 Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,
                      double softcap, const std::optional<Tensor>& kv_start) {

@@ -18,6 +18,10 @@ void set_index(Problem& problem, const Tensor& kv_num_blocks, const Tensor& kv_s
                const std::optional<Tensor>& kv_num_columns, const std::optional<Tensor>& kv_columns,
                int64_t block_q, int64_t block_k);
 
+// int32 [batch or 1, heads, blocks], or with dims = 4 [batch or 1, heads, blocks, n].
+IndexView index_view(const Tensor& t, const char* name, int64_t dims, int64_t batch, int64_t heads,
+                     int64_t blocks);
+
 // Allocates out and lse, and solves the problem on torch's threads.
 Outputs solve(Problem& problem, const Tensor& q);
 

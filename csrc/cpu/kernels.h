@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "best_scores.h"
 #include "decode.h"
 #include "panel.h"
 #include "plan.h"
@@ -74,7 +75,8 @@ void combine_item(const Problem& p, const Plan& plan, const Item& item, float* s
 constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes},
                                 scratch_floats, run_item,
                                 combine_item,   window_pack,
-                                window_scan,    window_add,     kVotes};
+                                window_scan,    window_add,
+                                kVotes,         best_scores};
 
 }  // namespace
 }  // namespace lowcontext

@@ -66,6 +66,21 @@ struct KernelShape {
   int64_t panel_lanes;   // lanes of a panel
 };
 
+// out[i] = max over r of rows[r, :] . keys[positions[i], :], and of out[i] where accumulate.
+struct ScoreCall {
+  DType dtype;       // of the keys
+  const void* keys;  // of one batch row and head
+  int64_t stride;    // elements between keys
+  const int32_t* positions;
+  int64_t count;
+  const float* rows;  // [num_rows, row_stride]
+  int64_t num_rows;   // 1, 2 or a multiple of 4
+  int64_t row_stride;
+  int64_t head_dim;
+  bool accumulate;
+  float* out;  // [count]
+};
+
 struct KernelTable {
   const char* name;
   KernelShape shape;
@@ -80,6 +95,7 @@ struct KernelTable {
   void (*window_scan)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
   void (*window_add)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
   VoteKernels votes;
+  void (*best_scores)(const ScoreCall&);
 };
 
 Plan make_plan(const Problem& problem, const KernelShape& shape);
