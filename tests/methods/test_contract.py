@@ -14,7 +14,16 @@ from lowcontext import BlockIndex, LayerContext, Method, attention, sparse_atten
 from lowcontext.methods import combine, method_class
 
 METHODS = lowcontext.available_methods()
-SMALL = {"budget": 512, "window": 96, "dense_layers": 0, "min_length": 0}
+# A list that is kept for some steps (refresh > 1) depends on the query that made it, and a dense
+# end (dense_last) on where the prompt ends: the methods that have these test them themselves.
+SMALL = {
+    "budget": 512,
+    "window": 96,
+    "dense_layers": 0,
+    "min_length": 0,
+    "refresh": 1,
+    "dense_last": 0,
+}
 # Values at which every method reads everything; a new method adds its own budget here.
 COVERING = {
     "budget": 10**6,

@@ -1,0 +1,105 @@
+"""InfiniteHiP (Lee et al., arXiv 2502.08910, algorithms 1 to 3): chunk pruning in stages."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from torch import Tensor
+
+from lowcontext.index import BlockIndex
+from lowcontext.methods._hierarchy import HierarchicalMethod
+from lowcontext.ops.hierarchy import Chunks, SearchOptions, Stage, StageOptions, hip_stages
+
+
+@dataclass(frozen=True)
+class InfiniteHiP(HierarchicalMethod):
+    """Reads the tiles that survive stages of pruning ever smaller chunks of keys.
+
+    The first stage is linear in the context with a small constant, the later ones are constant. The
+    published preset "3K" is `stages="256:32768 32:8192 8/1", budget=2048, window=1024, sink=256,
+    share="layer", representative="center", refresh="16/8/4", wide_layers=3, block_k=8`.
+
+    Args:
+        stages: "chunk:keep" for each stage and "chunk" for the last: keys of a chunk, and keys in
+            the chunks that go on. "/n" behind it scores the mean of every n queries, 4 if absent.
+        representative: key that stands for half a chunk: "center", "first" or "last".
+        chunk_score: "max" of the representatives that won on the way, or of the "last" one.
+        refresh: decode steps after which each stage runs again, as "16/8/4"; later stages run
+            with earlier ones. One number stands for all stages.
+        wide_layers: first layers that list `wide` times the budget.
+        wide: see `wide_layers`.
+    """
+
+    name: ClassVar[str] = "infinitehip"
+
+    stages: str = "256:32768 32:8192 8"
+    representative: str = "center"
+    chunk_score: str = "max"
+    refresh: int | str = "16/8/4"
+    wide_layers: int = 3
+    wide: int = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect_ints(wide_layers=0, wide=1)
+        intervals, count = self._intervals, len(_stages(self.stages))
+        if len(intervals) != count or min(intervals) < 1:
+            raise ValueError(
+                f"infinitehip: refresh: expected {count} positive numbers, got {self.refresh!r}"
+            )
+
+    def _options(self, layer_idx: int, block_q: int) -> SearchOptions:
+        return _stage_options(self, layer_idx < self.wide_layers, block_q)
+
+    def _search(
+        self,
+        q: Tensor,
+        k: Tensor,
+        options: SearchOptions,
+        kept: tuple[Chunks, ...] = (),
+        behind: int = 0,
+        ahead: int = 0,
+    ) -> tuple[BlockIndex, tuple[Chunks, ...]]:
+        return hip_stages(q, k, options, kept=kept, behind=behind, ahead=ahead)  # type: ignore[arg-type]
+
+    @property
+    def _intervals(self) -> tuple[int, ...]:
+        return _intervals(self.refresh, self.stages)
+
+
+@cache
+def _intervals(refresh: int | str, stages: str) -> tuple[int, ...]:
+    each = re.findall(r"\d+", str(refresh))
+    if not re.fullmatch(r"\d+(/\d+)*", str(refresh)):
+        raise ValueError(f"infinitehip: refresh: expected numbers as '16/8/4', got {refresh!r}")
+    return tuple(int(x) for x in each * (len(_stages(stages)) if len(each) == 1 else 1))
+
+
+@cache
+def _stages(text: str | int) -> tuple[Stage, ...]:
+    stages = []
+    for part in str(text).split():
+        match = re.fullmatch(r"(\d+)(?::(\d+))?(?:/(\d+))?", part)
+        if not match:
+            raise ValueError(f"stages: expected 'chunk:keep ... chunk', got {text!r}")
+        chunk, keep, rows = match.groups()
+        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 4)))
+    return tuple(stages)
+
+
+@cache
+def _stage_options(method: InfiniteHiP, wide: bool, block_q: int) -> StageOptions:
+    return StageOptions(
+        block_q=block_q,
+        block_k=method.block_k,
+        budget=method.budget * (method.wide if wide else 1),
+        sink=method.sink,
+        window=method.window,
+        share=method.share,
+        stages=_stages(method.stages),
+        representative=method.representative,
+        chunk_score=method.chunk_score,
+    )
