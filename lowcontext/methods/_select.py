@@ -37,6 +37,50 @@ def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
     return keep & (k > 0) & (scores > -torch.inf)
 
 
+def mass_mask(weights: Tensor, share: float, forced: Tensor | None = None) -> Tensor:
+    """Marks the largest entries of each row that together hold `share` of its sum.
+
+    Args:
+        weights: float [..., N], at least 0; -inf entries do not take part and are never marked.
+        share: above 0; from 1 on, every entry that takes part is marked.
+        forced: bool, broadcast to [..., N]; marked first, where they take part, and counted.
+
+    Returns:
+        bool [..., N]; ties go to the lower index.
+    """
+    part = weights > -torch.inf
+    if share >= 1:
+        return part
+    order = weights if forced is None else weights.masked_fill(forced & part, torch.inf)
+    places = order.sort(dim=-1, descending=True, stable=True).indices
+    mass = torch.where(part, weights, 0.0).gather(-1, places)
+    before = mass.cumsum(-1) - mass
+    wanted = before < share * mass.sum(-1, keepdim=True)
+    keep = torch.zeros_like(part).scatter_(-1, places, wanted)
+    return (keep if forced is None else keep | forced) & part
+
+
+def diagonal_sums(slash: Tensor, block: int) -> Tensor:
+    """Weight on each diagonal of blocks, from the weight at each distance.
+
+    Distance block * i + t lies on diagonal i for block - t rows of a block of queries, and on
+    diagonal i + 1 for t rows.
+
+    Args:
+        slash: float [..., N], by distance.
+        block: queries and keys per block.
+
+    Returns:
+        [..., ceil(N / block)]; entry i is what the tiles `i` blocks before their rows hold.
+    """
+    padded = torch.nn.functional.pad(slash, (0, -slash.shape[-1] % block))
+    padded = padded.unflatten(-1, (-1, block))
+    share = torch.arange(block, device=slash.device, dtype=slash.dtype) / block
+    above = (padded * (1 - share)).sum(-1)
+    below = (padded * share).sum(-1)
+    return above + torch.nn.functional.pad(below, (1, -1))
+
+
 def block_means(k: Tensor, block: int) -> Tensor:
     """fp32 mean of each block of keys: [B, Hkv, n * block, D] to [B, Hkv, n, D]."""
     return rearrange(k, "b h (n s) d -> b h n s d", s=block).mean(dim=3, dtype=torch.float32)

@@ -133,6 +133,14 @@ class Method(ABC):
                 f"{self.name}: {field_name}: expected one of {list(choices)}, got {value!r}"
             )
 
+    def _expect_share(self, field_name: str) -> None:
+        """Raises unless the named field is a number above 0."""
+        value = getattr(self, field_name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{self.name}: {field_name}: expected a number, got {value!r}")
+        if value <= 0:
+            raise ValueError(f"{self.name}: {field_name}: expected more than 0, got {value}")
+
     def __str__(self) -> str:
         changed = [
             f"{f.name}={getattr(self, f.name)}"

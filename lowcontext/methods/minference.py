@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.methods._patterns import HeadPattern, Layer, read_patterns
-from lowcontext.methods._select import join_heads, top_k_mask
+from lowcontext.methods._select import diagonal_sums, join_heads, top_k_mask
 from lowcontext.methods.base import LayerContext, Method, is_decoding
 from lowcontext.ops.block_scores import pooled_scores
 from lowcontext.ops.vertical_slash import last_window_scores, line_index
@@ -33,9 +33,9 @@ class MInference(Method):
     Decode is dense, as published. Without `patterns` every head chooses its lines by what they
     cost: a vertical line costs one key per query, a slash line a tile of 64; lines are kept whose
     attention per key read is at least `gain` times the mean, up to `vertical` and `slash` keys per
-    query. Each half of the window must agree (twice the smaller sum counts), which keeps a vertical
-    line from looking like 64 slash lines and the other way round. With `patterns`, each head of
-    each layer has the pattern of a file in the published schema, selected as published.
+    query. For slash lines both halves of the window must agree (the smaller sum counts): a vertical
+    line crosses 64 of them, each once. With `patterns`, each head of each layer has the pattern of
+    a file in the published schema, selected as published.
 
     Where the published code differs, this is ours: at least 100 slash lines and distance 0 among
     them; the block-sparse pattern always reads block 0 and the diagonal, averages the last block
@@ -242,21 +242,20 @@ class _Selection:
         window = min(WINDOW, self.q.shape[2])
         half = window // 2
         rows = [self.place[h] for h in heads]
-        late = [x[:, heads] for x in self._scores(0, window - half)]
+        vertical, slash = (x[:, heads] for x in self._scores(0, window - half))
         if half:
             drop = window - half
-            early = [
+            early_vertical, early_slash = (
                 torch.nn.functional.pad(x[:, heads], (0, drop)) for x in self._scores(drop, half)
-            ]
-            # Mean weight per query of the half that gives less.
-            agreed = [torch.minimum(a / drop, b / half) for a, b in zip(late, early, strict=True)]
-        else:
-            agreed = [x / window for x in late]
-        vertical, slash = agreed
+            )
+            vertical = vertical + early_vertical
+            # Weight per query of the half that gives less.
+            slash = window * torch.minimum(slash / drop, early_slash / half)
+        vertical, slash = vertical / window, slash / window
         # The tiles of distances 0 and 64 are always read, and with them the last keys.
         vertical[..., max(0, Lk - 2 * BLOCK - window) :] = 0.0
         slash[..., : BLOCK + 1] = 0.0
-        tiles = _tile_sums(slash) / BLOCK  # [B, h, ceil(Lk / 64)]
+        tiles = diagonal_sums(slash, BLOCK) / BLOCK  # [B, h, ceil(Lk / 64)]
         least = self.method.gain / Lk
         most_v = [min(Lk, self.patterns[h].a) for h in heads]
         most_t = [min(tiles.shape[2], self.patterns[h].b // BLOCK) for h in heads]
@@ -290,17 +289,3 @@ class _Selection:
             limit = max(2, min(BLOCK_BUDGET, -(-self.Lk // BLOCK)))
         keep = top_k_mask(scores, torch.tensor(limit, device=q.device), limit)
         return BlockIndex.from_blocks(keep, (BLOCK, BLOCK), limit)
-
-
-def _tile_sums(slash: Tensor) -> Tensor:
-    """What the tile of distance 64 i reads of each row's slash lines, i = 0 .. ceil(N / 64) - 1.
-
-    A row of a block sees the tile at distances 64 i - 63 .. 64 i + 63; distance 64 i + t is inside
-    for 64 - |t| of the 64 rows.
-    """
-    N = slash.shape[-1]
-    padded = torch.nn.functional.pad(slash, (0, -N % BLOCK)).unflatten(-1, (-1, BLOCK))
-    share = torch.arange(BLOCK, device=slash.device, dtype=slash.dtype) / BLOCK
-    above = (padded * (1 - share)).sum(-1)  # distances 64 i .. 64 i + 63
-    below = (padded * share).sum(-1)  # the same distances, for tile i + 1
-    return above + torch.nn.functional.pad(below, (1, -1))

@@ -23,6 +23,7 @@ SMALL = {
     "min_length": 0,
     "refresh": 1,
     "dense_last": 0,
+    "min_budget": 128,
 }
 # Values at which every method reads everything; a new method adds its own budget here.
 COVERING = {
@@ -32,6 +33,8 @@ COVERING = {
     "dense_layers": 0,
     "min_length": 0,
     "gain": 0.0,
+    "min_budget": 10**6,
+    "threshold": 1.0,
     "vertical": 10**6,
     "slash": 10**6,
 }

@@ -1,4 +1,4 @@
-"""PyTorch implementation of the block scores: their cost is in matrix products."""
+"""The block scores in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from lowcontext.index import BlockIndex
+
+# Their cost is in matrix products.
+FIT_FOR_GPU = True
 
 # Rows of query cells are processed in chunks of at most this many logits (256 MiB).
 _CHUNK_ELEMENTS = 2**26

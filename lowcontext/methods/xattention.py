@@ -1,0 +1,61 @@
+"""XAttention (Xu et al., arXiv 2503.16428): key blocks by antidiagonal sums, in prefill."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowcontext.index import BlockIndex
+from lowcontext.methods._select import mass_mask
+from lowcontext.methods.base import LayerContext, Method
+from lowcontext.ops.block_scores import antidiagonal_scores
+
+
+@dataclass(frozen=True)
+class XAttention(Method):
+    """Reads the key blocks that hold `threshold` of a row's antidiagonal attention.
+
+    Scores come from one antidiagonal of each `stride` x `stride` cell of the logits. For each block
+    of queries, block 0 and the diagonal are taken first, then blocks in falling score until their
+    share of the row reaches `threshold`. Decode is dense, as published. Keys that do not exist take
+    no part in the softmax, and rows are scored per query head without repeating the keys.
+
+    Args:
+        stride: side of a cell; the scores cost 1 / stride of the logits.
+        threshold: share of the estimated attention to read, above 0; from 1 on, everything.
+        block: queries per block and keys per tile; a multiple of `stride`.
+        min_length: leave contexts of fewer keys dense.
+    """
+
+    name: ClassVar[str] = "xattention"
+
+    stride: int = 16
+    threshold: float = 0.9
+    block: int = 128
+    min_length: int = 4096
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect_ints(stride=1, block=1)
+        if self.block % self.stride:
+            raise ValueError(
+                f"xattention: block: expected a multiple of stride={self.stride}, got {self.block}"
+            )
+        self._expect_share("threshold")
+
+    def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """Index of the blocks above the threshold for every block of queries and query head."""
+        scores = antidiagonal_scores(q, k, stride=self.stride, block=self.block, scale=layer.scale)
+        first, Nq = BlockIndex.query_blocks(q.shape[2], k.shape[2], self.block)
+        n = torch.arange(first, first + Nq, device=q.device)[:, None]
+        m = torch.arange(scores.shape[3], device=q.device)
+        forced = (m == 0) | (m == n)
+        keep = mass_mask(scores.masked_fill(m > n, -torch.inf), self.threshold, forced)
+        return BlockIndex.from_blocks(keep, (self.block, self.block))
+
+    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """None: XAttention reads densely in decode."""
+        return None

@@ -1,0 +1,71 @@
+"""XAttention: the selection against the rule, and the traps of the published code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from lowcontext import LayerContext, get_method
+from lowcontext.ops.block_scores import antidiagonal_scores
+
+
+def qk(Lq: int, Lk: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    return 2 * torch.randn(2, 4, Lq, 16, generator=gen), torch.randn(2, 2, Lk, 16, generator=gen)
+
+
+def wanted(row: list[float], n: int, threshold: float) -> set[int]:
+    """Block 0 and the diagonal, then the best blocks until the threshold."""
+    order = sorted(range(n + 1), key=lambda m: (m not in (0, n), -row[m], m))
+    chosen, mass = set(), 0.0
+    for m in order:
+        if m in (0, n) or mass < threshold * sum(row[: n + 1]):
+            chosen.add(m)
+            mass += row[m]
+    return chosen
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize(("Lq", "Lk"), [(1024, 1024), (300, 1111), (64, 64), (1, 1)])
+def test_index_equals_the_rule(threshold: float, Lq: int, Lk: int) -> None:
+    q, k = qk(Lq, Lk)
+    method = get_method("xattention", threshold=threshold, stride=8, block=64, min_length=0)
+    layer = LayerContext(scale=0.25)
+    index = method.prefill(q, k, layer)
+    index.validate(Lq, Lk)
+    scores = antidiagonal_scores(q, k, stride=8, block=64, scale=0.25)
+    first = (Lk - Lq) // 64
+    blocks = index.key_mask(scores.shape[3] * 64)[..., ::64]
+    for b in range(2):
+        for h in range(4):
+            for n in range(scores.shape[2]):
+                row = scores[b, h, n].double().tolist()
+                got = set(blocks[b, h, n].nonzero()[:, 0].tolist())
+                assert got == wanted(row, first + n, threshold)
+
+
+def test_a_prompt_of_many_whole_chunks_still_sees_its_early_keys() -> None:
+    # 16384 tokens are two parts without padding; a needle block in the first draws the second.
+    gen = torch.Generator().manual_seed(1)
+    q, k = torch.randn(1, 1, 16384, 16, generator=gen), torch.randn(1, 1, 16384, 16, generator=gen)
+    q[..., 0] += 4.0
+    k[:, :, 3000:3128, 0] += 4.0
+    method = get_method("xattention", min_length=0, threshold=0.5)
+    parts = list(method.parts(q, k, LayerContext(scale=0.25)))
+    assert [p[:2] for p in parts] == [(0, 8192), (8192, 16384)]
+    for _, end, index in parts:
+        rows = index.key_mask(end)[0, 0]
+        last = rows[-32:]
+        assert last[:, 3000:3072].all()
+        assert last[:, 0].all()
+        assert rows.float().mean() < 0.4
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(ValueError, match="xattention: block: expected a multiple of stride=12"):
+        get_method("xattention", stride=12)
+    with pytest.raises(ValueError, match="xattention: threshold: expected more than 0, got 0"):
+        get_method("xattention", threshold=0)
+    with pytest.raises(TypeError, match="xattention: threshold: expected a number, got 'high'"):
+        get_method("xattention", threshold="high")
