@@ -11,7 +11,13 @@ from lowcontext.methods import LayerContext, Method, available_methods, get_meth
 from lowcontext.ops import attention, sparse_attention
 
 if TYPE_CHECKING:
-    from lowcontext.integrations import measure_density, patch_model, patched, unpatch_model
+    from lowcontext.integrations import (
+        measure_density,
+        measure_selection,
+        patch_model,
+        patched,
+        unpatch_model,
+    )
 
 __all__ = [
     "BlockIndex",
@@ -22,13 +28,14 @@ __all__ = [
     "available_methods",
     "get_method",
     "measure_density",
+    "measure_selection",
     "patch_model",
     "patched",
     "sparse_attention",
     "unpatch_model",
 ]
 
-_INTEGRATIONS = ("measure_density", "patch_model", "patched", "unpatch_model")
+_INTEGRATIONS = ("measure_density", "measure_selection", "patch_model", "patched", "unpatch_model")
 
 
 def __getattr__(name: str) -> Any:

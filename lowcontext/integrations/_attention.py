@@ -19,8 +19,8 @@ from lowcontext.integrations._families import ATTRIBUTE, LayerSettings
 from lowcontext.integrations._masks import Padding
 from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer
 from lowcontext.methods import LayerContext
-from lowcontext.methods.base import is_decoding
-from lowcontext.ops import sparse_attention
+from lowcontext.methods.base import Moved, is_decoding
+from lowcontext.ops import attention, sparse_attention
 
 NAME = "lowcontext"
 _LAYER_ARGUMENT = "lowcontext_layer"
@@ -179,6 +179,15 @@ class _Call:
                 part = dense_attention(
                     q_part, k_part, v_part, scale=self.scale, softcap=self.softcap
                 )
+            elif isinstance(index, Moved):
+                part = attention(  # type: ignore[assignment]
+                    q_part,
+                    index.gather_keys(k_part),
+                    index.gather(v_part),
+                    scale=self.scale,
+                    softcap=self.softcap,
+                    kv_start=index.first,
+                )
             else:
                 part = sparse_attention(  # type: ignore[assignment]
                     q_part, k_part, v_part, index, scale=self.scale, softcap=self.softcap
@@ -198,10 +207,14 @@ class _Call:
         settings = self.settings
         scale = q.shape[3] ** -0.5 if self.scale is None else self.scale
         if self.layer is None:
-            return LayerContext(settings.layer_idx, settings.num_layers, scale, self.softcap)
-        return self.layer.context(
-            settings.method, row, settings.layer_idx, settings.num_layers, scale, self.softcap
-        )
+            context = LayerContext(settings.layer_idx, settings.num_layers, scale, self.softcap)
+        else:
+            context = self.layer.context(
+                settings.method, row, settings.layer_idx, settings.num_layers, scale, self.softcap
+            )
+        context.rotary = None if settings.rotary is None else settings.rotary.facts()
+        context.observe = settings.observe
+        return context
 
     def _refuse_training(self, q: Tensor, k: Tensor, v: Tensor) -> None:
         grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)

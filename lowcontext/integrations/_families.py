@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from lowcontext.integrations._rotary import RotarySource, rotary_source
 from lowcontext.methods import Method, method_class
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ class LayerSettings:
         cache_position: position of that argument in the module's forward.
         previous: attention implementation to restore.
         density: counts what is read, while someone measures.
+        rotary: where the frequencies are, for methods that move keys.
+        observe: takes figures of selections, while someone measures.
     """
 
     method: Method
@@ -44,6 +48,8 @@ class LayerSettings:
     cache_position: int
     previous: str
     density: Density | None = None
+    rotary: RotarySource | None = None
+    observe: Callable[[dict[str, Tensor]], None] | None = None
 
 
 def text_model(model: nn.Module) -> PreTrainedModel:
@@ -138,6 +144,7 @@ def _settings_of(
         cache_name=cache_name,
         cache_position=parameters.index(cache_name),
         previous=config._attn_implementation,
+        rotary=rotary_source(model, module) if method.moves_keys and not window else None,
     )
 
 

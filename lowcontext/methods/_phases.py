@@ -9,7 +9,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods.base import LayerContext, Method, is_decoding
+from lowcontext.methods.base import LayerContext, Method, Part, is_decoding
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,11 @@ class Phases(Method):
     prefill_method: Method = field(kw_only=True)
     decode_method: Method = field(kw_only=True)
 
+    @property
+    def moves_keys(self) -> bool:
+        """Whether one of the two methods moves keys."""
+        return self.prefill_method.moves_keys or self.decode_method.moves_keys
+
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of the prefill method."""
         return self.prefill_method.prefill(q, k, self._context("prefill", layer))
@@ -29,9 +34,7 @@ class Phases(Method):
         """Index of the decode method."""
         return self.decode_method.decode(q, k, self._context("decode", layer))
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """Parts of the method whose phase this is, with its own dense layers and lengths."""
         decoding = is_decoding(q.shape[2], k.shape[2])
         method = self.decode_method if decoding else self.prefill_method

@@ -86,13 +86,44 @@ def block_means(k: Tensor, block: int) -> Tensor:
     return rearrange(k, "b h (n s) d -> b h n s d", s=block).mean(dim=3, dtype=torch.float32)
 
 
+def grown(
+    memory: dict[str, Any],
+    name: str,
+    total: int,
+    make: Callable[[int, int], tuple[Tensor, ...]],
+) -> tuple[Tensor, ...]:
+    """Per-entry tensors of which only the entries that are missing in `memory` are computed.
+
+    Kept in buffers that grow geometrically; dropping the memory changes nothing but time.
+
+    Args:
+        memory: the method's memory of this layer.
+        name: the key in it.
+        total: entries wanted.
+        make: computes entries [first, end) as tensors [B, H, end - first, ...].
+
+    Returns:
+        Tensors [B, H, total, ...].
+    """
+    buffers, done = memory.get(name, ((), 0))
+    if done < total or not buffers:
+        new = make(min(done, total), total)
+        if not buffers or buffers[0].shape[2] < total:
+            room = total + max(total // 4, 64)
+            larger = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in new)
+            for old, buffer in zip(buffers, larger, strict=False):
+                buffer[:, :, :done] = old[:, :, :done]
+            buffers = larger
+        for buffer, x in zip(buffers, new, strict=True):
+            buffer[:, :, done:total] = x
+        memory[name] = (buffers, total)
+    return tuple(buffer[:, :, :total] for buffer in buffers)
+
+
 def block_statistics(
     memory: dict[str, Any], k: Tensor, block: int, reduce: Callable[[Tensor, int], Tensor]
 ) -> Tensor:
     """A statistic of every complete block of keys, computed once per block.
-
-    Kept in `memory` in a buffer that grows geometrically; what is missing there is computed from
-    `k`, so dropping the memory changes nothing but time.
 
     Args:
         memory: the method's memory of this layer; uses the key "blocks".
@@ -103,18 +134,11 @@ def block_statistics(
     Returns:
         [B, Hkv, Lk // block, E].
     """
-    total = k.shape[2] // block
-    buffer, done = memory.get("blocks", (None, 0))
-    if done < total or buffer is None:
-        new = reduce(k[:, :, done * block : total * block], block)
-        if buffer is None or buffer.shape[2] < total:
-            grown = new.new_empty(*new.shape[:2], max(total + total // 2, 64), new.shape[3])
-            if buffer is not None:
-                grown[:, :, :done] = buffer[:, :, :done]
-            buffer = grown
-        buffer[:, :, done:total] = new
-        memory["blocks"] = (buffer, total)
-    return buffer[:, :, :total]
+
+    def make(first: int, end: int) -> tuple[Tensor]:
+        return (reduce(k[:, :, first * block : end * block], block),)
+
+    return grown(memory, "blocks", k.shape[2] // block, make)[0]
 
 
 def join_heads(parts: Sequence[tuple[list[int], BlockIndex]]) -> BlockIndex:

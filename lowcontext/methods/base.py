@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.ops.rotary import rotate_to
 
 # At most this many new queries behind a longer cache count as decoding (speculative steps are
 # short); more are a chunk of a prompt.
@@ -19,6 +21,60 @@ MAX_DECODE_QUERIES = 32
 def is_decoding(Lq: int, Lk: int) -> bool:
     """Whether `Lq` new queries on `Lk` keys are decode steps rather than a prompt or its chunk."""
     return Lq < Lk and Lq <= MAX_DECODE_QUERIES
+
+
+@dataclass(frozen=True, eq=False)
+class Rotary:
+    """How the model of a layer rotates queries and keys.
+
+    Args:
+        inv_freq: fp32 [P], frequencies of the pairs; the first 2 * P channels of a head are
+            rotated. They do not depend on the length of the sequence.
+        interleaved: pairs are channels (2i, 2i + 1) instead of (i, i + P).
+    """
+
+    inv_freq: Tensor
+    interleaved: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """One list of keys for all rows of a part, read at positions of the method's choosing.
+
+    Attention runs over a copy of the listed keys, rotated from where they are to where they shall
+    be, and is causal at the end of the list: its last entries are the keys of the part's queries.
+
+    Args:
+        keys: int32 [B, H, M], H 1 or Hkv.
+        positions: int32 [B, 1, M], where they are read; the queries keep their positions.
+        first: int32 [B], entries before it do not count.
+        rotary: how the model rotates.
+    """
+
+    keys: Tensor
+    positions: Tensor
+    first: Tensor
+    rotary: Rotary
+
+    def gather(self, x: Tensor) -> Tensor:
+        """The listed entries of keys or values [B, Hkv, Lk, D], as they are: [B, Hkv, M, D]."""
+        keys = self.keys.long().expand(-1, x.shape[1], -1)
+        return x.gather(2, keys[..., None].expand(-1, -1, -1, x.shape[3]))
+
+    def gather_keys(self, k: Tensor) -> Tensor:
+        """The listed keys at their new positions: [B, Hkv, M, D]."""
+        keys = self.gather(k)
+        facts = self.rotary
+        moved = rotate_to(
+            keys, self.keys, self.positions, facts.inv_freq, interleaved=facts.interleaved
+        )
+        # Rounding must not touch a key that stays.
+        return torch.where((self.keys == self.positions)[..., None], keys, moved)
+
+    def density(self, Lq: int, Lk: int) -> float:
+        """Share of the causal (query, key) pairs that are read. Reads tensors on the host."""
+        read = Lq * (self.keys.shape[2] - self.first.double()) - Lq * (Lq - 1) / 2
+        return float(read.mean()) / (Lq * (Lk - Lq) + Lq * (Lq + 1) // 2)
 
 
 @dataclass
@@ -35,6 +91,11 @@ class LayerContext:
         softcap: softcap of the logits, or None.
         memory: free for the method; lives with this sequence and this layer.
         shared: free for the method; lives with this sequence, common to all layers.
+        rotary: how the model rotates, or None where it does not, or in a way with no fixed
+            frequencies.
+        observe: takes named figures of a selection, while someone measures; else None.
+        reduce: sums a tensor over the ranks that hold the other heads of this layer (tensor
+            parallel); None where one rank has them all.
     """
 
     layer_idx: int = 0
@@ -43,6 +104,12 @@ class LayerContext:
     softcap: float | None = None
     memory: dict[str, Any] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
+    rotary: Rotary | None = None
+    observe: Callable[[dict[str, Tensor]], None] | None = None
+    reduce: Callable[[Tensor], Tensor] | None = None
+
+
+Part = tuple[int, int, BlockIndex | Moved | None]
 
 
 @dataclass(frozen=True)
@@ -69,6 +136,11 @@ class Method(ABC):
     def __post_init__(self) -> None:
         self._expect_ints(dense_layers=0, min_length=0)
 
+    @property
+    def moves_keys(self) -> bool:
+        """Whether `parts` may give `Moved` lists, so that `LayerContext.rotary` is needed."""
+        return False
+
     @abstractmethod
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index for a prompt, or a chunk of one.
@@ -93,10 +165,10 @@ class Method(ABC):
             BlockIndex for (Lq, Lk), or None for dense attention.
         """
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """What attention runs: (first row, end row, index) for consecutive rows of q.
+
+        An index is a BlockIndex, None for dense attention, or a `Moved` list of keys.
 
         The keys of a part end at its last query, so the index of rows [r0, r1) fits
         `(r1 - r0, Lk - Lq + r1)`. Decides dense or sparse and prefill or decode, and cuts long

@@ -24,6 +24,10 @@ SMALL = {
     "refresh": 1,
     "dense_last": 0,
     "min_budget": 128,
+    "k": 100,
+    "sink": 70,
+    "local": 90,
+    "chunk": 128,
 }
 # Values at which every method reads everything; a new method adds its own budget here.
 COVERING = {
@@ -37,6 +41,7 @@ COVERING = {
     "threshold": 1.0,
     "vertical": 10**6,
     "slash": 10**6,
+    "k": 10**6,
 }
 
 

@@ -212,7 +212,7 @@ def test_arguments_are_checked_by_name() -> None:
         ("q", TypeError, lambda: votes.token_scores(q.half(), k)),
         ("q", ValueError, lambda: votes.token_scores(q[:, :3], k)),
         ("k", ValueError, lambda: votes.token_scores(q, k[..., :8])),
-        ("k", TypeError, lambda: votes.token_scores(q, k.double())),
+        ("k", TypeError, lambda: votes.token_scores(q, k.long())),
         ("scales", ValueError, lambda: votes.token_scores(q, k.to(torch.int8))),
         ("pages", ValueError, lambda: votes.token_scores(q, k, pages=(torch.zeros(1, 2, 3), 8))),
         ("lse", ValueError, lambda: votes.soft_vote(q, torch.zeros(1, 4, 2))),
@@ -222,7 +222,7 @@ def test_arguments_are_checked_by_name() -> None:
         ("limits", TypeError, lambda: votes.topk(q, 1, limits=torch.zeros(1, 4, 1))),
         ("bounds", ValueError, lambda: votes.page_scores(q, k)),
         ("page", ValueError, lambda: votes.page_bounds(k, 0)),
-        ("k", TypeError, lambda: votes.quantize_keys(k.double())),
+        ("k", TypeError, lambda: votes.quantize_keys(k.long())),
     ]:
         with pytest.raises(error, match=f"^{name}: expected"):
             call()

@@ -17,7 +17,7 @@ from lowcontext.ops import _dispatch
 
 __all__ = ["page_bounds", "page_scores", "quantize_keys", "soft_vote", "token_scores", "topk"]
 
-_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_scores(
@@ -36,7 +36,7 @@ def token_scores(
 
     Args:
         q: fp32 [B, Hq, R, D].
-        k: [B, Hkv, N, D], fp32, bf16 or fp16, last dim contiguous; or int8 with `scales`.
+        k: [B, Hkv, N, D], a floating dtype, last dim contiguous; or int8 with `scales`.
         scale: factor of the scores.
         causal: row r scores the first `N - (R - 1 - r)` keys, the others are -inf. With `pages`
             every row scores every key of them.
@@ -62,7 +62,7 @@ def token_scores(
     _check_float32("q", q, 4)
     _check_heads(q, "k", k, q.shape[3])
     if k.dtype != torch.int8 and k.dtype not in _KEY_DTYPES:
-        raise TypeError(f"k: expected fp32, bf16, fp16 or int8, got {k.dtype}")
+        raise TypeError(f"k: expected a floating dtype or int8, got {k.dtype}")
     if (scales is not None) != (k.dtype == torch.int8):
         raise ValueError(
             f"scales: expected with int8 keys and with no others, got {type(scales).__name__} "
@@ -192,7 +192,7 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         q: fp32 [B, Hq, R, D].
-        bounds: fp32, bf16 or fp16 [B, Hkv, P, 2 * D], as from `page_bounds`.
+        bounds: [B, Hkv, P, 2 * D], a floating dtype, as from `page_bounds`.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -204,7 +204,7 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     _check_float32("q", q, 4)
     _check_heads(q, "bounds", bounds, 2 * q.shape[3])
     if bounds.dtype not in _KEY_DTYPES:
-        raise TypeError(f"bounds: expected fp32, bf16 or fp16, got {bounds.dtype}")
+        raise TypeError(f"bounds: expected a floating dtype, got {bounds.dtype}")
     return _dispatch.implementation("votes", "page_scores", backend, bounds)(q, bounds)
 
 
@@ -214,7 +214,7 @@ def quantize_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     For scoring only; attention reads the keys themselves.
 
     Args:
-        k: [B, Hkv, N, D], fp32, bf16 or fp16.
+        k: [B, Hkv, N, D], a floating dtype.
         backend: "auto", "native" or "reference".
 
     Returns:
@@ -225,7 +225,7 @@ def quantize_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
     """
     if not isinstance(k, Tensor) or k.dtype not in _KEY_DTYPES:
         got = k.dtype if isinstance(k, Tensor) else type(k).__name__
-        raise TypeError(f"k: expected fp32, bf16 or fp16, got {got}")
+        raise TypeError(f"k: expected a floating dtype, got {got}")
     if k.dim() != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, N, D], got {list(k.shape)}")
     return _dispatch.implementation("votes", "quantize_keys", backend, k)(k)

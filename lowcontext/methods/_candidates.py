@@ -1,0 +1,144 @@
+"""Which tokens the heads vote for: the exact vote, and two that read fewer bytes of keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lowcontext.methods._select import block_statistics, grown
+from lowcontext.methods.base import LayerContext
+from lowcontext.ops import votes
+
+_ALL = slice(None)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Chosen tokens of each row.
+
+    Args:
+        ids: int32 [B, H, R, k], ascending; counts: int32 [B, H, R].
+        sink: keys [0, sink) are read besides; at least those asked for.
+        low: keys from here on are read besides, for the last row; row r starts R - 1 - r earlier.
+        mass: fp32 [B], the share of the candidates' votes that the chosen tokens have; None unless
+            someone measures.
+    """
+
+    ids: Tensor
+    counts: Tensor
+    sink: int
+    low: int
+    mass: Tensor | None = None
+
+    def to(self, device: torch.device) -> Tokens:
+        """The same on another device, for a layer that lies there."""
+        mass = None if self.mass is None else self.mass.to(device)
+        return replace(self, ids=self.ids.to(device), counts=self.counts.to(device), mass=mass)
+
+
+@dataclass(frozen=True)
+class Vote:
+    """How candidates are scored and counted.
+
+    Args:
+        k: tokens chosen for each row and list.
+        sink: first candidate.
+        lists: "layer" (H = 1) or "kv_head" (H = Hkv).
+        scale: factor of the scores before the softmax.
+        pool: odd width of a maximum over neighbouring votes, or 0.
+        page: keys per page of the coarse stage.
+        coarse: candidates that the coarse stage leaves, in multiples of k.
+    """
+
+    k: int
+    sink: int
+    lists: str
+    scale: float
+    pool: int = 0
+    page: int = 16
+    coarse: int = 4
+
+    def exact(
+        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+    ) -> Tokens:
+        """Votes with the keys themselves. Reads all of K: half of what dense attention reads.
+
+        Args:
+            q: fp32 [B, Hq, R, D]; k: [B, Hkv, Lk, D].
+            low: end of the last row's candidates.
+            layer: where this runs.
+            batch: the rows of the batch that select.
+        """
+        keys = k[batch, :, self.sink : low]
+        scores, lse = votes.token_scores(q[batch], keys, scale=self.scale)
+        return self._choose(scores, lse, k, low, layer)
+
+    def int8(
+        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+    ) -> Tokens:
+        """Votes with keys in 8 bits: half the bytes of bf16 keys, a quarter of fp32 ones."""
+
+        def make(first: int, end: int) -> tuple[Tensor, ...]:
+            return votes.quantize_keys(k[:, :, first:end])
+
+        keys, steps = (x[batch, :, self.sink : low] for x in grown(layer.memory, "int8", low, make))
+        scores, lse = votes.token_scores(q[batch], keys, scales=steps, scale=self.scale)
+        return self._choose(scores, lse, k, low, layer)
+
+    def pages(
+        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+    ) -> Tokens:
+        """Votes with the keys of the pages whose bounds win a vote before: 2/page of K and a few k.
+
+        Pages lie at multiples of `page`; sink and recent keys are rounded out to whole pages. More
+        than one row votes exactly.
+        """
+        page = self.page
+        sink, end = -(-self.sink // page) * page, low // page * page
+        if q.shape[2] > 1 or end - sink <= self.k:
+            return self.exact(q, k, low, layer, batch)
+        bounds = block_statistics(layer.memory, k, page, votes.page_bounds)
+        bounds = bounds[batch, :, sink // page : end // page]
+        scores = votes.page_scores(q[batch], bounds).mul_(self.scale)
+        ballot = self._vote(scores, scores.logsumexp(dim=-1), k, layer)
+        chosen, _ = votes.topk(ballot, -(-self.coarse * self.k // page))
+        starts = chosen[:, :, 0] * page + sink
+        scores, lse = votes.token_scores(q[batch], k[batch], scale=self.scale, pages=(starts, page))
+        ballot = self._vote(scores, lse, k, layer)
+        slots, counts = votes.topk(self._pooled(ballot), self.k)
+        ids = starts.gather(2, (slots[:, :, 0] // page).long()) + slots[:, :, 0] % page
+        return Tokens(ids[:, :, None], counts, sink, end, self._mass(ballot, slots, counts, layer))
+
+    def _choose(
+        self, scores: Tensor, lse: Tensor, k: Tensor, low: int, layer: LayerContext
+    ) -> Tokens:
+        ballot = self._vote(scores, lse, k, layer)
+        ids, counts = votes.topk(self._pooled(ballot), self.k)
+        mass = self._mass(ballot, ids, counts, layer)
+        return Tokens(ids + self.sink, counts, self.sink, low, mass)
+
+    def _vote(self, scores: Tensor, lse: Tensor, k: Tensor, layer: LayerContext) -> Tensor:
+        if self.lists == "kv_head":
+            return votes.soft_vote(scores, lse, heads=k.shape[1])
+        ballot = votes.soft_vote(scores, lse)
+        # Ranks hold different heads of the same tokens: the sum of their votes is the vote.
+        return ballot if layer.reduce is None else layer.reduce(ballot)
+
+    def _pooled(self, ballot: Tensor) -> Tensor:
+        if not self.pool:
+            return ballot
+        flat = ballot.flatten(0, 2)[:, None]
+        pooled = torch.nn.functional.max_pool1d(flat, self.pool, 1, self.pool // 2)
+        return pooled[:, 0].view_as(ballot).masked_fill(ballot == -torch.inf, -torch.inf)
+
+    def _mass(
+        self, ballot: Tensor, ids: Tensor, counts: Tensor, layer: LayerContext
+    ) -> Tensor | None:
+        if layer.observe is None:
+            return None
+        listed = torch.arange(ids.shape[3], device=ids.device) < counts[..., None]
+        chosen = ballot.gather(3, ids.long()).masked_fill(~listed, 0.0).sum(dim=3)
+        total = ballot.clamp(min=0).sum(dim=3)
+        return chosen.sum(dim=(1, 2)) / total.sum(dim=(1, 2))

@@ -1,0 +1,265 @@
+"""TokenSelect (Wu et al., arXiv 2411.02886): the heads of a layer vote for single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lowcontext.index import BlockIndex
+from lowcontext.methods._candidates import Tokens, Vote
+from lowcontext.methods._reuse import reuse
+from lowcontext.methods.base import LayerContext, Method, Moved, Part, is_decoding
+
+TILE = 64
+
+
+@dataclass(frozen=True)
+class TokenSelect(Method):
+    """Reads sink, local window and the k tokens that the heads of the layer vote for.
+
+    Each head gives each token between sink and window its softmax probability there; a token's vote
+    is the sum over the heads (section 5.1). Nothing is evicted. In decode every query selects, or
+    reuses the last selection while its direction has hardly changed; in prefill each chunk of
+    queries selects once, with the mean of its queries. That mean sees the queries of the whole
+    chunk, so the chunk size changes what is selected; what is attended stays causal.
+
+    A chunk reads the `local` keys up to its first query, and itself. For the window as published,
+    which is the chunk itself, take `prefill=get_method("tokenselect", local=1)`.
+
+    Args:
+        k: tokens selected, besides sink and local window.
+        sink: keys at the start that are always read.
+        local: recent keys that a query always reads, itself included.
+        chunk: queries that share a selection in prefill.
+        scope: "layer" selects one list for all heads (as published), "kv_head" one for each KV
+            head, by the votes of its query heads.
+        vote_scale: "1/sqrt(d)" votes with the scaled logits that attention uses, 1 with unscaled
+            ones (as published).
+        pool: odd width of a maximum over neighbouring votes, 0 for none.
+        scoring: "exact" votes with all keys; "int8" with a copy of the keys in 8 bits, 1 byte per
+            channel of memory; "pages" with the keys of the best pages by their bounds. The two read
+            less in decode; a prefill chunk always votes exactly.
+        page: keys per page of scoring="pages".
+        coarse: tokens in those pages, in multiples of k.
+        cache_threshold: reuse the last selection while the cosine with its query is at least this;
+            None selects at every step.
+        cache_steps: most steps that reuse a selection.
+        select_layers: layers that select in decode, the others take the list of the last of them;
+            None lets every layer select. Layers before the first select for themselves.
+        positions: "original" reads keys at their positions; "compact" moves sink and selected keys
+            up to the local window, so that no distance exceeds the budget (length extrapolation).
+    """
+
+    name: ClassVar[str] = "tokenselect"
+
+    k: int = 2048
+    sink: int = 128
+    local: int = 512
+    chunk: int = 512
+    scope: str = "layer"
+    vote_scale: str | int = "1/sqrt(d)"
+    pool: int = 0
+    scoring: str = "exact"
+    page: int = 16
+    coarse: int = 4
+    cache_threshold: float | None = 0.9
+    cache_steps: int = 64
+    select_layers: tuple[int, ...] | None = None
+    positions: str = "original"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._expect_ints(k=1, sink=0, local=1, chunk=1, pool=0, page=1, coarse=1, cache_steps=1)
+        self._expect_choice("scope", ("layer", "kv_head"))
+        self._expect_choice("vote_scale", ("1/sqrt(d)", 1))
+        self._expect_choice("scoring", ("exact", "int8", "pages"))
+        self._expect_choice("positions", ("original", "compact"))
+        if self.pool and self.pool % 2 == 0:
+            raise ValueError(f"tokenselect: pool: expected 0 or an odd width, got {self.pool}")
+        threshold = self.cache_threshold
+        if threshold is not None and not -1 <= threshold <= 1:
+            raise ValueError(
+                f"tokenselect: cache_threshold: expected None or a cosine, got {threshold!r}"
+            )
+        if self.select_layers is not None:
+            # A list from a configuration file; the fields of a method are hashable.
+            object.__setattr__(self, "select_layers", tuple(self.select_layers))
+
+    @property
+    def moves_keys(self) -> bool:
+        """Whether keys are moved up to the local window."""
+        return self.positions == "compact"
+
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
+        """One part for decode; for a prompt a dense one, then one for each chunk."""
+        Lq, Lk = q.shape[2], k.shape[2]
+        offset = Lk - Lq
+        if layer.layer_idx < self.dense_layers or Lk < self.min_length:
+            yield 0, Lq, None
+        elif is_decoding(Lq, Lk):
+            yield from self._decode_parts(q, k, layer)
+        else:
+            row = 0
+            if offset < self._budget:
+                row = min(-(-self._budget // self.chunk) * self.chunk - offset, Lq)
+                yield 0, row, None
+            while row < Lq:
+                end = min(row + self.chunk - (offset + row) % self.chunk, Lq)
+                yield row, end, self._chunk_part(q[:, :, row:end], k[:, :, : offset + end], layer)
+                row = end
+
+    def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """Index of one chunk of a prompt: queries of one block of `chunk` positions."""
+        start = k.shape[2] - q.shape[2]
+        if start < self._budget:
+            return None
+        tokens = self._select_chunk(q, k, layer)
+        low = torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
+        Lk = k.shape[2]
+        return self._index(tokens, low, Lk, (self.chunk, TILE), Lk - tokens.low)
+
+    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """Index of the tokens that each query selects or reuses."""
+        if k.shape[2] <= self._budget:
+            return None
+        tokens, low = self._tokens(q.float(), k, layer)
+        return self._index(tokens, low, k.shape[2], (1, TILE), self._longest_tail)
+
+    @property
+    def _budget(self) -> int:
+        return self.sink + self.k + self.local
+
+    def _vote(self, layer: LayerContext) -> Vote:
+        return Vote(
+            k=self.k,
+            sink=self.sink,
+            lists=self.scope,
+            scale=1.0 if self.vote_scale == 1 else layer.scale,
+            pool=self.pool,
+            page=self.page,
+            coarse=self.coarse,
+        )
+
+    def _select_chunk(self, q: Tensor, k: Tensor, layer: LayerContext) -> Tokens:
+        low = k.shape[2] - q.shape[2] + 1 - self.local
+        return self._vote(layer).exact(q.float().mean(dim=2, keepdim=True), k, low, layer)
+
+    def _tokens(self, q: Tensor, k: Tensor, layer: LayerContext) -> tuple[Tokens, Tensor]:
+        """The tokens of decode queries, and int32 [B or 1], first of the recent keys."""
+        Lk = k.shape[2]
+        low = Lk - self.local
+        selects = self.select_layers is None or layer.layer_idx in self.select_layers
+        step = (Lk, q.shape[0], q.shape[2])
+        if not selects and layer.shared.get("step") == step:
+            tokens, start = layer.shared["tokens"]
+            return tokens.to(k.device), start.to(k.device)
+        score = getattr(self._vote(layer), self.scoring)
+        if q.shape[2] == 1 and self.cache_threshold is not None:
+            found = reuse(
+                q,
+                Lk,
+                layer,
+                self.cache_threshold,
+                self._longest_tail,
+                lambda batch: score(q, k, low, layer, batch),
+            )
+        else:
+            tokens = score(q, k, low, layer)
+            found = tokens, torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
+            if layer.observe is not None and tokens.mass is not None:
+                layer.observe({"selected_mass": tokens.mass})
+        if selects and self.select_layers is not None:
+            layer.shared["step"], layer.shared["tokens"] = step, found
+        return found
+
+    @property
+    def _longest_tail(self) -> int:
+        rounding = self.page if self.scoring == "pages" else 0
+        return self.local + rounding + (0 if self.cache_threshold is None else self.cache_steps)
+
+    def _decode_parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
+        Lq, Lk = q.shape[2], k.shape[2]
+        if self.positions == "original" or Lk <= self._budget:
+            yield 0, Lq, self.decode(q, k, layer)
+            return
+        tokens, low = self._tokens(q.float(), k, layer)
+        for r in range(Lq):
+            behind = Lq - 1 - r
+            start = (low - behind).clamp(min=tokens.sink)
+            row = slice(r, r + 1)
+            yield r, r + 1, self._moved(tokens, row, start, Lk - behind, self._longest_tail, layer)
+
+    def _chunk_part(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | Moved | None:
+        if self.positions == "original":
+            return self.prefill(q, k, layer)
+        tokens, Lk = self._select_chunk(q, k, layer), k.shape[2]
+        low = torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
+        return self._moved(tokens, slice(0, 1), low, Lk, Lk - tokens.low, layer)
+
+    def _index(
+        self, tokens: Tokens, low: Tensor, Lk: int, block_size: tuple[int, int], span: int
+    ) -> BlockIndex:
+        """Sink and recent keys as tiles, what is left of the sink and the tokens as columns.
+
+        Args:
+            tokens: the tokens of each block of queries.
+            low: int32 [B or 1], first of the recent keys of the last block.
+            Lk: keys.
+            block_size: of the index; with block_q = 1 a block is one query later than the last.
+            span: most recent keys of a block.
+        """
+        ids = tokens.ids
+        B, H, Nq, _ = ids.shape
+        device, sink, width = ids.device, tokens.sink, block_size[1]
+        behind = torch.arange(Nq - 1, -1, -1, dtype=torch.int32, device=device)
+        start = (low[:, None] - behind).clamp(min=sink).expand(B, Nq)
+        tiles = torch.arange(-(-span // width), dtype=torch.int32, device=device) * width
+        sinks = torch.arange(sink // width, dtype=torch.int32, device=device) * width
+        starts = torch.cat([sinks.expand(B, Nq, -1), start[..., None] + tiles], dim=2)
+        counts = sinks.shape[0] + (Lk - behind - start + width - 1) // width
+        counts_of_columns = tokens.counts
+        rest = torch.arange(sink // width * width, sink, dtype=torch.int32, device=device)
+        if rest.shape[0]:
+            ids = torch.cat([rest.expand(B, H, Nq, -1), ids], dim=3)
+            counts_of_columns = counts_of_columns + rest.shape[0]
+        return BlockIndex(
+            counts[:, None].expand(B, H, Nq).to(torch.int32),
+            starts[:, None].expand(B, H, Nq, -1),
+            block_size,
+            counts_of_columns,
+            ids,
+        )
+
+    def _moved(
+        self, tokens: Tokens, row: slice, low: Tensor, Lk: int, span: int, layer: LayerContext
+    ) -> Moved:
+        """Sink, tokens and recent keys as one list that ends at the last key, without gaps.
+
+        Args:
+            tokens: the tokens; row: of these queries.
+            low: int32 [B or 1], first of the recent keys.
+            Lk: keys that the part sees.
+            span: most recent keys.
+        """
+        if layer.rotary is None:
+            raise NotImplementedError(
+                'tokenselect: positions: "compact" moves rotated keys and needs a model with '
+                'rotary embeddings of fixed frequencies; use positions="original"'
+            )
+        ids, counts = tokens.ids[:, :, row].squeeze(2), tokens.counts[:, 0, row]  # [B, 1]
+        B, H, k = ids.shape
+        sink, width = tokens.sink, tokens.sink + k + span
+        front, low = sink + counts, low[:, None]
+        first = width - (front + Lk - low)  # [B, 1]
+        entry = torch.arange(width, dtype=torch.int32, device=ids.device)
+        slot = entry - first  # [B, width]
+        chosen = ids.gather(2, (slot - sink).clamp(0, k - 1).long()[:, None].expand(B, H, -1))
+        recent = (low + slot - front).clamp(max=Lk - 1)
+        keys = torch.where((slot < front)[:, None], chosen, recent[:, None])
+        keys = torch.where((slot < sink)[:, None], slot.clamp(min=0)[:, None], keys)
+        positions = (entry + (Lk - width)).expand(B, 1, width)
+        return Moved(keys, positions, first[:, 0].to(torch.int32), layer.rotary)
