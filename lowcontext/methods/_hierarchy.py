@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, is_decoding
+from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, Part, is_decoding
 from lowcontext.ops.hierarchy import Chunks, SearchOptions
 
 _KEY = "list"
@@ -85,9 +85,7 @@ class HierarchicalMethod(Method):
     def _intervals(self) -> tuple[int, ...]:
         """Decode steps after which each stage of the search runs again."""
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """Parts as of every method, but the blocks with the last `dense_last` queries are dense."""
         Lq, Lk = q.shape[2], k.shape[2]
         end = (Lk - self.dense_last) // self.block_q * self.block_q - (Lk - Lq)
