@@ -134,7 +134,9 @@ void score_keys(const T* k, int64_t k_stride, RowStream<T> values, const int32_t
         LC_UNROLL
         for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
         prefetch_share<kBytes, R>(upcoming, r);
-        if (kAskTwice<T> && r < K) prefetch(near[r] + d);
+        if (kAskTwice<T> && d * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
+          for (int i = r * K / R; i < (r + 1) * K / R; ++i) prefetch(near[i] + d);
+        }
       }
     }
     if (whole < head_dim) {
