@@ -212,3 +212,51 @@ def _short_names(labels: list[str]) -> dict[str, str]:
 
 def _share(value: float | None) -> str:
     return "" if value is None or value != value else f"{value:.1%}"
+
+
+def prompt_ids(tokenizer: Any, file: Path, max_length: int) -> Any:
+    """Tokens [1, N] of a text file; what is too long loses its middle."""
+    import torch
+
+    ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    if ids.shape[1] > max_length:
+        half = max_length // 2
+        ids = torch.cat([ids[:, :half], ids[:, half - max_length :]], dim=1)
+    return ids
+
+
+def calibration(out: Path, published: bool, blocks: int) -> Any:
+    """A calibration whose measurements lie beside `out`."""
+    from lowcontext.integrations import calibrate
+
+    if out.suffix != ".json":
+        raise ValueError(f"--out: expected a .json file, got {str(out)!r}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    return calibrate.Calibration(
+        blocks=blocks, published=published, state=out.with_suffix(".measured.jsonl")
+    )
+
+
+def choice_table(choice: Any) -> Table:
+    """By layer: how many heads have which pattern, and what they cost and miss."""
+    table = Table(
+        Column("layer", justify="right"),
+        Column("patterns", overflow="fold"),
+        *(Column(name, justify="right") for name in ("density", "error", "recall")),
+        box=SIMPLE,
+    )
+    for i, layer in enumerate(choice.patterns):
+        counts: dict[str, int] = {}
+        for p in layer:
+            name = f"{p.kind} {p.a} {p.b}" if p.a or p.b else p.kind
+            counts[name] = counts.get(name, 0) + 1
+        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        means = [sum(x[i]) / len(x[i]) for x in (choice.cost, choice.error, choice.recall)]
+        table.add_row(
+            str(i),
+            ", ".join(f"{n} x {name}" for name, n in ordered),
+            f"{means[0]:.1%}",
+            f"{means[1]:.4f}",
+            f"{means[2]:.2%}",
+        )
+    return table

@@ -1,4 +1,4 @@
-"""The command line: info, methods, generate, needle, checkpoint, bench."""
+"""The command line: info, methods, generate, needle, checkpoint, calibrate, inspect, bench."""
 
 from __future__ import annotations
 
@@ -219,6 +219,92 @@ def needle(
             console.print(table)
         picture = evaluation.plot_needle(rows, out / "needle.png")
     console.print(f"wrote {out / 'needle.jsonl'} and {picture}")
+
+
+@app.command()
+def calibrate(
+    model: ModelArg,
+    prompt: Annotated[list[Path], typer.Option(help="A UTF-8 text file; repeatable.")],
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("patterns.json"),
+    density: Annotated[
+        float | None,
+        typer.Option(help="Mean share of the causal pairs; default: what minference reads now."),
+    ] = None,
+    objective: Annotated[str, typer.Option(help="output or recall.")] = "output",
+    published: Annotated[
+        bool, typer.Option(help="Only patterns that other readers of the schema know.")
+    ] = False,
+    max_length: Annotated[int, typer.Option(help="Cut prompts to so many tokens.")] = 32768,
+    blocks: Annotated[int, typer.Option(help="Blocks of 64 queries to measure.", min=1)] = 8,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+) -> None:
+    """Finds a pattern for each head of a checkpoint, for `minference` with `patterns=`.
+
+    Measures every candidate on every head: error of the attention output, recall, and the share of
+    pairs it reads. Measurements go to OUT.measured.jsonl; a second run continues there, and one
+    with another density or objective measures nothing again.
+
+    Example: `lowcontext calibrate ./my-llama --prompt book.txt --out patterns.json`
+    """
+    from lowcontext.methods._patterns import write_patterns
+
+    with _errors():
+        run = parse.calibration(out, published, blocks)
+        lm, tokenizer = parse.load_model(model, dtype, device)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), console=console) as bars:
+            for file in prompt:
+                ids = parse.prompt_ids(tokenizer, file, max_length).to(lm.device)
+                bar = bars.add_task(f"{file.name}: {ids.shape[1]} tokens, layers", total=None)
+                run.measure(lm, ids, lambda n, of, b=bar: bars.update(b, completed=n, total=of))
+        choice = run.choose(density, objective)
+        write_patterns(choice.patterns, out)
+        console.print(parse.choice_table(choice))
+    console.print(f"wrote {out}: mean density {choice.density:.1%}")
+
+
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(help="Folder of a causal LM, or a pattern file.")],
+    prompt: Annotated[Path | None, typer.Option(help="A UTF-8 text file.")] = None,
+    layer: Annotated[int, typer.Option(min=0)] = 0,
+    head: Annotated[int, typer.Option(help="Query head.", min=0)] = 0,
+    method: Annotated[
+        str, typer.Option("--method", "-m", help="NAME or NAME:key=value,key=value.")
+    ] = "minference:min_length=0",
+    max_length: Annotated[int, typer.Option(help="Cut the prompt to so many tokens.")] = 8192,
+    out: Annotated[Path, typer.Option(help="The image to write.")] = Path("inspect.png"),
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+) -> None:
+    """Draws a head's attention and what a method reads of it, or the patterns of a file.
+
+    Examples:
+
+    `lowcontext inspect ./my-llama --prompt book.txt --layer 3 --head 5 --out head.png`
+
+    `lowcontext inspect patterns.json --out patterns.png`
+    """
+    from lowcontext.integrations import inspection
+    from lowcontext.methods._patterns import read_patterns
+
+    with _errors():
+        if model.endswith(".json"):
+            picture = inspection.plot_patterns(read_patterns(model), out)
+        else:
+            if prompt is None:
+                raise ValueError("--prompt: expected a text file, got none")
+            chosen = parse.method(method)
+            lm, tokenizer = parse.load_model(model, dtype, device)
+            ids = parse.prompt_ids(tokenizer, prompt, max_length).to(lm.device)
+            found = inspection.head_map(lm, ids, chosen, layer, head)
+            console.print(
+                f"{found.label}: {found.length} tokens, density {found.density:.1%}, "
+                f"recall {found.recall:.2%}"
+            )
+            picture = inspection.plot_head(found, out)
+    console.print(f"wrote {picture}")
 
 
 @app.command(

@@ -37,7 +37,10 @@ def test_methods_lists_every_method_with_its_hyper_parameters() -> None:
     assert "budget=2048" in result.output
 
 
-@pytest.mark.parametrize("command", ["info", "methods", "checkpoint", "generate", "needle"])
+COMMANDS = ["info", "methods", "checkpoint", "generate", "needle", "calibrate", "inspect"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help_with_an_example(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0
@@ -105,3 +108,33 @@ def test_lengths_and_depths_are_parsed() -> None:
     assert parse.lengths("1k, 4096,128K") == (1024, 4096, 131072)
     assert parse.depth_grid(3) == (0.0, 50.0, 100.0)
     assert parse.depth_grid(1) == (50.0,)
+
+
+def test_calibrate_writes_patterns_that_generate_and_inspect_read(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    prompt, out = tmp_path / "prompt.txt", tmp_path / "found" / "patterns.json"
+    prompt.write_text("the sky is clear and the road is long . " * 60)
+    args = ["calibrate", str(checkpoint), "--prompt", str(prompt), "--out", str(out)]
+    result = runner.invoke(app, [*args, "--max-length", "300", "--blocks", "2"])
+    assert result.exit_code == 0, result.output
+    assert "mean density" in result.output
+    measured = out.with_suffix(".measured.jsonl").read_text()
+    cheaper = [*args, "--max-length", "300", "--blocks", "2", "--density", "0.9", "--published"]
+    result = runner.invoke(app, cheaper)
+    assert result.exit_code == 0, result.output
+    assert out.with_suffix(".measured.jsonl").read_text() == measured
+    method = f"minference:patterns={out},min_length=0"
+    result = runner.invoke(
+        app, ["generate", str(checkpoint), "--prompt-file", str(prompt), "-m", method]
+    )
+    assert result.exit_code == 0, result.output
+    picture = tmp_path / "picture.png"
+    for arguments in ([str(out)], [str(checkpoint), "--prompt", str(prompt), "-m", method]):
+        picture.unlink(missing_ok=True)
+        result = runner.invoke(app, ["inspect", *arguments, "--out", str(picture)])
+        assert result.exit_code == 0, result.output
+        assert picture.stat().st_size > 2000
+    result = runner.invoke(app, ["inspect", str(checkpoint)])
+    assert result.exit_code == 1
+    assert "--prompt: expected a text file" in result.output

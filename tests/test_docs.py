@@ -40,7 +40,15 @@ def test_the_method_of_add_a_method_passes_the_contract(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["lowcontext.index", "lowcontext.ops", "lowcontext.methods", "lowcontext.integrations"],
+    [
+        "lowcontext.index",
+        "lowcontext.ops",
+        "lowcontext.ops.block_scores",
+        "lowcontext.ops.vertical_slash",
+        "lowcontext.methods",
+        "lowcontext.integrations",
+        "lowcontext.integrations.calibrate",
+    ],
 )
 def test_docstring_examples_run(module: str) -> None:
     failed, _ = doctest.testmod(importlib.import_module(module))

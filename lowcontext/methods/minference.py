@@ -87,7 +87,7 @@ class MInference(Method):
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of the whole prompt; `parts` gives it in pieces."""
-        return _Selection(self, q, k, layer).index(0, q.shape[2])
+        return Selection(self, q, k, layer).index(0, q.shape[2])
 
     def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """None: MInference reads densely in decode."""
@@ -102,7 +102,7 @@ class MInference(Method):
         if dense or is_decoding(Lq, Lk):
             yield 0, Lq, None
             return
-        selection = _Selection(self, q, k, layer)
+        selection = Selection(self, q, k, layer)
         row = 0
         while row < Lq:
             end = min(row + selection.rows - (Lk - Lq + row) % selection.rows, Lq)
@@ -142,7 +142,7 @@ class MInference(Method):
         return f"minference(patterns=<{len(table)} layers of {len(table[0])} heads>)"
 
 
-class _Selection:
+class Selection:
     """The lines and blocks of one call, for every head."""
 
     def __init__(self, method: MInference, q: Tensor, k: Tensor, layer: LayerContext) -> None:

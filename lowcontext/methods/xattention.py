@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.methods._select import mass_mask
-from lowcontext.methods.base import LayerContext, Method
+from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, is_decoding
 from lowcontext.ops.block_scores import antidiagonal_scores
 
 
@@ -23,10 +24,15 @@ class XAttention(Method):
     share of the row reaches `threshold`. Decode is dense, as published. Keys that do not exist take
     no part in the softmax, and rows are scored per query head without repeating the keys.
 
+    An antidiagonal meets a single (query, key) pair with probability 1 / stride, so a key that one
+    query looks for is missed by any threshold below 1. The last queries, which ask the question of
+    most prompts, are therefore dense; `dense_last=0` is the published method.
+
     Args:
         stride: side of a cell; the scores cost 1 / stride of the logits.
         threshold: share of the estimated attention to read, above 0; from 1 on, everything.
         block: queries per block and keys per tile; a multiple of `stride`.
+        dense_last: last queries of a prompt, or of a chunk of it, that read everything.
         min_length: leave contexts of fewer keys dense.
     """
 
@@ -35,16 +41,31 @@ class XAttention(Method):
     stride: int = 16
     threshold: float = 0.9
     block: int = 128
+    dense_last: int = 64
     min_length: int = 4096
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._expect_ints(stride=1, block=1)
+        self._expect_ints(stride=1, block=1, dense_last=0)
         if self.block % self.stride:
             raise ValueError(
                 f"xattention: block: expected a multiple of stride={self.stride}, got {self.block}"
             )
         self._expect_share("threshold")
+
+    def parts(
+        self, q: Tensor, k: Tensor, layer: LayerContext
+    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+        """Parts as of every method, but the blocks with the last `dense_last` queries are dense."""
+        Lq, Lk = q.shape[2], k.shape[2]
+        end = (Lk - self.dense_last) // self.block * self.block - (Lk - Lq)
+        if is_decoding(Lq, Lk) or not self.dense_last:
+            yield from super().parts(q, k, layer)
+        elif end <= MAX_DECODE_QUERIES or Lk < self.min_length:
+            yield 0, Lq, None
+        else:
+            yield from super().parts(q[:, :, :end], k[:, :, : Lk - Lq + end], layer)
+            yield end, Lq, None
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of the blocks above the threshold for every block of queries and query head."""

@@ -144,7 +144,7 @@ def test_block_sparse_averages_the_last_block_over_its_own_tokens() -> None:
     k[0, 0, -1] = 2.0  # mean 2 over one token, 2 / 64 over a block filled up with zeros
     k[0, 0, 64:128] = 1.0
     q, k = q.repeat(1, 2, 1, 1), k.repeat(1, 2, 1, 1)
-    ours = minference._Selection(make(*[("block_sparse", 0, 0)] * 2), q, k, LayerContext())
+    ours = minference.Selection(make(*[("block_sparse", 0, 0)] * 2), q, k, LayerContext())
     keys = ours.index(0, N).key_mask(N)
     assert keys[0, 0, 3].all()  # 4 blocks, budget of 4
 
@@ -233,7 +233,7 @@ def test_left_padded_rows_use_their_own_last_tokens() -> None:
 
 def test_forced_lines_count_towards_the_budget() -> None:
     q, k, _ = qk(900)
-    chosen = minference._Selection(
+    chosen = minference.Selection(
         make(*[("vertical_and_slash", 30, 100), ("vertical_and_slash", 31, 101)] * 2),
         q,
         k,

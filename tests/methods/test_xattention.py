@@ -51,7 +51,7 @@ def test_a_prompt_of_many_whole_chunks_still_sees_its_early_keys() -> None:
     q, k = torch.randn(1, 1, 16384, 16, generator=gen), torch.randn(1, 1, 16384, 16, generator=gen)
     q[..., 0] += 4.0
     k[:, :, 3000:3128, 0] += 4.0
-    method = get_method("xattention", min_length=0, threshold=0.5)
+    method = get_method("xattention", min_length=0, threshold=0.5, dense_last=0)
     parts = list(method.parts(q, k, LayerContext(scale=0.25)))
     assert [p[:2] for p in parts] == [(0, 8192), (8192, 16384)]
     for _, end, index in parts:
@@ -60,6 +60,17 @@ def test_a_prompt_of_many_whole_chunks_still_sees_its_early_keys() -> None:
         assert last[:, 3000:3072].all()
         assert last[:, 0].all()
         assert rows.float().mean() < 0.4
+
+
+def test_the_last_queries_are_dense_in_whole_blocks() -> None:
+    q, k = qk(1000, 1200)
+    method = get_method("xattention", min_length=0, dense_last=70)
+    parts = list(method.parts(q, k, LayerContext(scale=0.25)))
+    assert [(a, b, i is None) for a, b, i in parts] == [(0, 824, False), (824, 1000, True)]
+    short = method.parts(q[:, :, :100], k, LayerContext(scale=0.25))
+    assert [(a, b, i is None) for a, b, i in short] == [(0, 100, True)]
+    dense = get_method("xattention", min_length=1201).parts(q, k, LayerContext(scale=0.25))
+    assert [(a, b, i is None) for a, b, i in dense] == [(0, 1000, True)]
 
 
 def test_settings_are_checked() -> None:
