@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FREQUENCIES = 24
-NOISE = 12
-D = 2 * FREQUENCIES + 4 + NOISE  # 64
+FREQUENCIES = 48
+NOISE = 30
+D = 2 * FREQUENCIES + 2 + NOISE  # 128
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ HEADS = (
 
 
 def structured(N: int, seed: int = 0, heads: tuple[Head, ...] = HEADS) -> tuple[Tensor, Tensor]:
-    """(q [1, H, N, 64], k [1, H / 4, N, 64]), to be used with scale 1."""
+    """(q [1, H, N, 128], k [1, H / 4, N, 128]), to be used with scale 1."""
     gen = torch.Generator().manual_seed(seed)
     position = torch.arange(N, dtype=torch.float64)
     theta = 10000.0 ** (-torch.arange(FREQUENCIES, dtype=torch.float64) / FREQUENCIES)
@@ -66,7 +66,7 @@ def structured(N: int, seed: int = 0, heads: tuple[Head, ...] = HEADS) -> tuple[
     groups = len(heads) // 4
     k = torch.zeros(1, groups, N, D)
     q = torch.zeros(1, len(heads), N, D)
-    noise = slice(2 * FREQUENCIES + 4, D)
+    noise = slice(2 * FREQUENCIES + 2, D)
     for g in range(groups):
         k[0, g, :, : 2 * FREQUENCIES] = rotated(position)
         k[0, g, 0, 2 * FREQUENCIES] = 1.0

@@ -64,7 +64,7 @@ class MInference(Method):
     ratio: float = 1.0
     tri_last: int = 100
     parity: str = "lowcontext"
-    min_length: int = 4096
+    min_length: int = 2048
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,0 +1,202 @@
+"""Prefill methods end to end: score + select beside attend, against dense attention.
+
+python -m bench.prefill_methods --lengths 16k,32k -m minference
+
+Queries and keys have the structure of `bench.structured` (8 query and 2 KV heads, D = 128).
+FlexAttention runs on the same lists; where those have columns or unaligned tiles, on the smallest
+index of aligned tiles that covers them, the only form it has.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import lowcontext
+from bench.structured import structured
+from bench.timing import environment, interleave
+from lowcontext import BlockIndex, LayerContext, Method
+from lowcontext import _cli_parse as parse
+
+console = Console()
+app = typer.Typer(add_completion=False)
+Parts = list[tuple[int, int, BlockIndex | None]]
+
+
+@app.command()
+def main(
+    method: Annotated[list[str], typer.Option("--method", "-m", help="NAME:key=value,...")],
+    lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "16k",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    rounds: Annotated[int, typer.Option(help="Rounds per length.")] = 3,
+    flex: Annotated[bool, typer.Option(help="Time FlexAttention too (it compiles first).")] = True,
+    dense: Annotated[bool, typer.Option(help="Time the dense baselines too.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder of the JSONL file.")] = Path("bench/results"),
+) -> None:
+    """Checks each method's output, times it, prints a line and appends a JSONL row."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"prefill-methods-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    where = environment()
+    with path.open("a") as file:
+        for N in parse.lengths(lengths):
+            for row in run_length(N, dtype, [parse.method(m) for m in method], rounds, flex, dense):
+                file.write(json.dumps({"suite": "prefill-methods", **row, **where}) + "\n")
+                file.flush()
+    console.print(f"wrote {path}")
+
+
+@torch.inference_mode()
+def run_length(
+    N: int, dtype: str, methods: list[Method], rounds: int, flex: bool, dense: bool
+) -> list[dict[str, Any]]:
+    """Rows of one length: select, attend and the whole of each method, and the baselines."""
+    q, k = (x.to(getattr(torch, dtype)) for x in structured(N))
+    v = torch.randn(k.shape, generator=torch.Generator().manual_seed(1)).to(k.dtype)
+    layer = LayerContext(scale=1.0)
+    calls: dict[str, Any] = {}
+    density: dict[str, float] = {}
+    G = q.shape[1] // k.shape[1]
+    if dense:
+        calls["sdpa"] = lambda: sdpa(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+        calls["ours-dense"] = lambda: lowcontext.attention(q, k, v, scale=1.0)
+        check(f"dense {N}", calls["ours-dense"](), [(0, N, None)], q, k, v)
+    for m in methods:
+        parts: Parts = list(m.parts(q, k, layer))
+        name = str(m)
+        density[name] = mean_density(parts, N)
+        check(f"{name} {N}", attend(parts, q, k, v), parts, q, k, v)
+        calls[f"{name} select"] = lambda m=m: list(m.parts(q, k, layer))
+        calls[f"{name} attend"] = lambda parts=parts: attend(parts, q, k, v)
+        calls[f"{name} total"] = lambda m=m: attend(list(m.parts(q, k, layer)), q, k, v)
+        if flex:
+            index = aligned(parts, N)
+            density[f"{name} flex"] = index.density(N, N)
+            calls[f"{name} flex"] = flex_call(q, k, v, index, G)
+    times = interleave(calls, rounds=rounds, budget_s=600.0)
+    rows = []
+    for name, t in times.items():
+        label, _, kind = name.rpartition(" ")
+        row: dict[str, Any] = {
+            "N": N,
+            "dtype": dtype,
+            "candidate": name,
+            "p20_ms": t.p20,
+            "p50_ms": t.p50,
+            "p80_ms": t.p80,
+        }
+        share = density.get(name if kind == "flex" else label)
+        if share is not None:
+            row["density"] = share
+        if dense:
+            row["speedup_over_sdpa"] = times["sdpa"].p50 / t.p50
+            row["speedup_over_ours_dense"] = times["ours-dense"].p50 / t.p50
+        if kind == "select":
+            row["share_of_total"] = t.p50 / times[f"{label} total"].p50
+        rows.append(row)
+        text = f"{N:6d} {name:32s} {t.p50:10.1f} ms"
+        text += f"  density {share:.3f}" if share is not None else ""
+        if dense:
+            text += f"  x{row['speedup_over_sdpa']:.2f} sdpa"
+            text += f"  x{row['speedup_over_ours_dense']:.2f} dense"
+        if kind == "select":
+            text += f"  {row['share_of_total']:.1%} of the total"
+        if kind == "total" and dense and share:
+            text += f"  {row['speedup_over_sdpa'] * share:.2f} of 1 / density over sdpa"
+        console.print(text, soft_wrap=True, highlight=False)
+    return rows
+
+
+def attend(parts: Parts, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention over the parts of a prompt without a cache."""
+    out = torch.empty_like(q)
+    for row, end, index in parts:
+        args = q[:, :, row:end], k[:, :, :end], v[:, :, :end]
+        if index is None:
+            out[:, :, row:end] = lowcontext.attention(*args, scale=1.0)
+        else:
+            out[:, :, row:end] = lowcontext.sparse_attention(*args, index, scale=1.0)
+    return out
+
+
+def mean_density(parts: Parts, N: int) -> float:
+    """Share of the causal pairs that the parts read."""
+    pairs = 0.0
+    for row, end, index in parts:
+        causal = (end - row) * row + (end - row) * (end - row + 1) / 2
+        pairs += causal * (1.0 if index is None else index.density(end - row, end))
+    return pairs / (N * (N + 1) / 2)
+
+
+def check(name: str, out: Tensor, parts: Parts, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises RuntimeError unless rows of `out` match fp64 attention over the keys listed for them.
+
+    One block of queries in sixteen is checked, for every head.
+    """
+    G = q.shape[1] // k.shape[1]
+    worst = 0.0
+    for row, end, index in parts:
+        block = 64 if index is None else index.block_q
+        for at in range(row, end, 16 * block):
+            stop = min(at + block, end)
+            rows = torch.arange(at, stop)
+            visible = torch.arange(stop) <= rows[:, None]
+            mask = visible.expand(q.shape[1], -1, -1)
+            if index is not None:
+                n = (at - row) // block
+                listed = index.key_mask(stop, slice(n, n + 1))[0]
+                mask = (listed & visible).expand(q.shape[1], -1, -1)
+            for h in range(q.shape[1]):
+                logits = q[0, h, at:stop].double() @ k[0, h // G, :stop].double().T
+                p = logits.masked_fill(~mask[h], -torch.inf).softmax(-1)
+                exact = p @ v[0, h // G, :stop].double()
+                worst = max(worst, float((out[0, h, at:stop].double() - exact).abs().max()))
+    limit = 2e-5 if q.dtype == torch.float32 else 4e-2
+    if not worst <= limit:
+        raise RuntimeError(f"{name}: error {worst:.2e} against fp64; not timed")
+
+
+def aligned(parts: Parts, N: int, block: int = 128) -> BlockIndex:
+    """The smallest index of aligned tiles that covers the parts."""
+    keeps = []
+    blocks = -(-N // block)
+    for row, end, index in parts:
+        rows = range(row // block, -(-end // block))
+        if index is None:
+            keep = torch.ones(1, 1, len(rows), blocks, dtype=torch.bool)
+        else:
+            ratio = block // index.block_q
+            lists = []
+            for n in range(index.kv_starts.shape[2]):
+                keys = torch.nn.functional.pad(
+                    index.key_mask(N, slice(n, n + 1)), (0, blocks * block - N)
+                )
+                lists.append(keys.unflatten(-1, (blocks, block)).any(-1))
+            keep = torch.cat(lists, dim=2)
+            keep = torch.nn.functional.pad(keep, (0, 0, 0, -keep.shape[2] % ratio))
+            keep = keep.unflatten(2, (-1, ratio)).any(3)
+        keeps.append(keep)
+    heads = max(keep.shape[1] for keep in keeps)
+    keep = torch.cat([keep.expand(-1, heads, -1, -1) for keep in keeps], dim=2)
+    causal = torch.arange(blocks) <= torch.arange(blocks)[:, None]
+    return BlockIndex.from_blocks(keep & causal, (block, block))
+
+
+def flex_call(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, G: int) -> Any:
+    """FlexAttention, compiled, on the block mask of an aligned index."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    mask = index.to_flex(q.shape[2], k.shape[2], q.shape[1])
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda: compiled(q, k, v, block_mask=mask, scale=1.0, enable_gqa=G > 1)
+
+
+if __name__ == "__main__":
+    app()
