@@ -154,6 +154,7 @@ class Task {
       case Representative::kFirst:
         return left;
       case Representative::kLast:
+      case Representative::kSpread:
         break;
     }
     return right - 1;
@@ -238,6 +239,14 @@ void Task::score_nodes(const Tree& tree) {
   const int64_t per_leaf = tree.leaf / tree.key_stride;
   w_.positions.clear();
   for (size_t i = 0; i < nodes; ++i) {
+    if (s_.representative == Representative::kSpread) {
+      const int64_t first = low_ * s_.block_k + w_.left[i] * tree.leaf;
+      const int64_t keys = (w_.right[i] - w_.left[i]) * tree.leaf;
+      for (int64_t u = 0; u < per_leaf; ++u) {
+        w_.positions.push_back(static_cast<int32_t>(first + (2 * u + 1) * keys / (2 * per_leaf)));
+      }
+      continue;
+    }
     const int64_t leaf = representative(w_.left[i], w_.right[i]);
     const int64_t key = low_ * s_.block_k + leaf * tree.leaf + tree.key_stride - 1;
     for (int64_t u = 0; u < per_leaf; ++u) {

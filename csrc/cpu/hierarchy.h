@@ -9,7 +9,7 @@
 
 namespace lowcontext {
 
-enum class Representative : int { kCenter = 0, kFirst = 1, kLast = 2 };
+enum class Representative : int { kCenter = 0, kFirst = 1, kLast = 2, kSpread = 3 };
 
 // What both searches share; lengths in keys. Candidates of a block of queries whose first has
 // position p, in this call or not, are the tiles from ceil(sink / block_k) to before

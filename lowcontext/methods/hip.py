@@ -28,17 +28,18 @@ class HiP(HierarchicalMethod):
         key_stride: keys of a leaf per scored one.
         row_stride: queries per scored row.
         rows: a scored row is the "mean" of its queries or the "last" of them.
-        representative: leaf that stands for an interval: "center", "first" or "last".
+        representative: keys that stand for an interval: in its "center", "first" or "last" leaf, or
+            "spread" over all its leaves.
         refresh: decode steps for which a list is kept; 1 searches at every step.
         dense_layers: first layers left dense, 3 as published.
     """
 
     name: ClassVar[str] = "hip"
 
-    leaf: int = 8
-    beam: int = 512
+    leaf: int = 64
+    beam: int = 1024
     key_stride: int = 4
-    row_stride: int = 4
+    row_stride: int = 16
     rows: str = "mean"
     representative: str = "center"
     refresh: int = 8

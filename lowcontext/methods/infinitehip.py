@@ -19,26 +19,26 @@ class InfiniteHiP(HierarchicalMethod):
     """Reads the tiles that survive stages of pruning ever smaller chunks of keys.
 
     The first stage is linear in the context with a small constant, the later ones are constant. The
-    published preset "3K" is `stages="256:32768 32:8192 8/1", budget=2048, window=1024, sink=256,
-    share="layer", representative="center", refresh="16/8/4", wide_layers=3, block_k=8`.
+    published preset "3K" is `stages="256:32768/4 32:8192/4 8/1", budget=2048, window=1024,
+    sink=256, share="layer", refresh="16/8/4", wide_layers=3, block_k=8`.
 
     Args:
         stages: "chunk:keep" for each stage and "chunk" for the last: keys of a chunk, and keys in
-            the chunks that go on. "/n" behind it scores the mean of every n queries, 4 if absent.
+            the chunks that go on. "/n" behind it scores the mean of every n queries, 16 if absent.
         representative: key that stands for half a chunk: "center", "first" or "last".
         chunk_score: "max" of the representatives that won on the way, or of the "last" one.
-        refresh: decode steps after which each stage runs again, as "16/8/4"; later stages run
-            with earlier ones. One number stands for all stages.
+        refresh: decode steps after which each stage runs again, as "16/4"; later stages run
+            with earlier ones. The last number stands for all stages behind it.
         wide_layers: first layers that list `wide` times the budget.
         wide: see `wide_layers`.
     """
 
     name: ClassVar[str] = "infinitehip"
 
-    stages: str = "256:32768 32:8192 8"
+    stages: str = "64:16384 8"
     representative: str = "center"
     chunk_score: str = "max"
-    refresh: int | str = "16/8/4"
+    refresh: int | str = "16/4"
     wide_layers: int = 3
     wide: int = 2
 
@@ -46,9 +46,10 @@ class InfiniteHiP(HierarchicalMethod):
         super().__post_init__()
         self._expect_ints(wide_layers=0, wide=1)
         intervals, count = self._intervals, len(_stages(self.stages))
-        if len(intervals) != count or min(intervals) < 1:
+        if len(intervals) > count or min(intervals) < 1:
             raise ValueError(
-                f"infinitehip: refresh: expected {count} positive numbers, got {self.refresh!r}"
+                f"infinitehip: refresh: expected at most {count} positive numbers, got "
+                f"{self.refresh!r}"
             )
 
     def _options(self, layer_idx: int, block_q: int) -> SearchOptions:
@@ -72,10 +73,10 @@ class InfiniteHiP(HierarchicalMethod):
 
 @cache
 def _intervals(refresh: int | str, stages: str) -> tuple[int, ...]:
-    each = re.findall(r"\d+", str(refresh))
     if not re.fullmatch(r"\d+(/\d+)*", str(refresh)):
-        raise ValueError(f"infinitehip: refresh: expected numbers as '16/8/4', got {refresh!r}")
-    return tuple(int(x) for x in each * (len(_stages(stages)) if len(each) == 1 else 1))
+        raise ValueError(f"infinitehip: refresh: expected numbers as '16/4', got {refresh!r}")
+    each = [int(x) for x in str(refresh).split("/")]
+    return tuple(each + each[-1:] * (len(_stages(stages)) - len(each)))
 
 
 @cache
@@ -86,7 +87,7 @@ def _stages(text: str | int) -> tuple[Stage, ...]:
         if not match:
             raise ValueError(f"stages: expected 'chunk:keep ... chunk', got {text!r}")
         chunk, keep, rows = match.groups()
-        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 4)))
+        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 16)))
     return tuple(stages)
 
 

@@ -11,8 +11,11 @@ from lowcontext.ops.hierarchy import TreeOptions, hip_tree
 
 SMALL = {"budget": 256, "window": 100, "sink": 20, "block_k": 16, "dense_layers": 0}
 BOTH = [
-    ("hip", {**SMALL, "refresh": 8}),
-    ("infinitehip", {**SMALL, "stages": "64:512 16:384 4", "refresh": "8/4/2", "wide_layers": 0}),
+    ("hip", {**SMALL, "refresh": 8, "leaf": 8, "beam": 256, "row_stride": 4}),
+    (
+        "infinitehip",
+        {**SMALL, "stages": "64:512/4 16:384/4 4/4", "refresh": "8/4/2", "wide_layers": 0},
+    ),
 ]
 
 

@@ -11,7 +11,7 @@ from lowcontext.methods import _hierarchy
 from lowcontext.ops.hierarchy import Stage, StageOptions, hip_stages
 
 SMALL = {
-    "stages": "64:512 16:384/2 4/1",
+    "stages": "64:512/4 16:384/2 4/1",
     "budget": 256,
     "window": 100,
     "sink": 20,
@@ -78,6 +78,11 @@ def test_each_stage_runs_again_at_its_own_interval(monkeypatch: pytest.MonkeyPat
     assert list(layer.memory) == [_hierarchy._KEY]
 
 
+def test_the_last_interval_stands_for_the_stages_behind_it() -> None:
+    for given, expected in ((5, (5, 5, 5)), ("16/4", (16, 4, 4)), ("9/8/7", (9, 8, 7))):
+        assert get_method("infinitehip", **SMALL, refresh=given)._intervals == expected
+
+
 def test_intervals_that_do_not_nest_run_when_due() -> None:
     q, k = qk(1100, 1100)
     method, layer = get_method("infinitehip", **SMALL, refresh="7/5/3"), LayerContext()
@@ -100,9 +105,9 @@ def test_intervals_that_do_not_nest_run_when_due() -> None:
         ),
         ({"stages": "48:512 32"}, ValueError, "infinitehip: stages: expected chunks that divide"),
         ({"stages": "64:32 8"}, ValueError, "infinitehip: stages: expected keep of at least"),
-        ({"refresh": "16/8"}, ValueError, "infinitehip: refresh: expected 3 positive numbers"),
-        ({"refresh": "0/8/4"}, ValueError, "infinitehip: refresh: expected 3 positive numbers"),
-        ({"refresh": "often"}, ValueError, "infinitehip: refresh: expected numbers as '16/8/4'"),
+        ({"refresh": "9/8/7/6"}, ValueError, "refresh: expected at most 3 positive numbers"),
+        ({"refresh": "0/8/4"}, ValueError, "refresh: expected at most 3 positive numbers"),
+        ({"refresh": "often"}, ValueError, "infinitehip: refresh: expected numbers as '16/4'"),
         ({"wide": 0}, ValueError, "infinitehip: wide: expected at least 1, got 0"),
     ],
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.ops import native
 from lowcontext.ops.hierarchy.options import (
-    REPRESENTATIVES,
+    NODE_REPRESENTATIVES,
     SearchOptions,
     StageOptions,
     TreeOptions,
@@ -40,7 +40,7 @@ def hip_tree(q: Tensor, k: Tensor, options: TreeOptions, ahead: int) -> tuple[Te
         geometry.width,
         options.row_stride,
         options.rows == "mean",
-        REPRESENTATIVES.index(options.representative),
+        NODE_REPRESENTATIVES.index(options.representative),
         ahead,
         options.leaf,
         options.key_stride,
@@ -72,7 +72,7 @@ def hip_stage(
         width,
         stage.row_stride,
         options.rows == "mean",
-        REPRESENTATIVES.index(options.representative),
+        NODE_REPRESENTATIVES.index(options.representative),
         behind,
         ahead,
         stage.chunk,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 SHARES = ("head", "group", "layer")
 REPRESENTATIVES = ("center", "first", "last")
+NODE_REPRESENTATIVES = (*REPRESENTATIVES, "spread")
 ROWS = ("mean", "last")
 CHUNK_SCORES = ("max", "last")
 
@@ -100,13 +101,14 @@ class TreeOptions(SearchOptions):
             are listed, as published; otherwise they vote for the tiles that hold them.
         beam: nodes kept at each level, whatever the budget.
         row_stride: queries per scored row; every query is scored with 1.
-        key_stride: keys of a leaf per scored one, the last of each stride.
-        representative: leaf that stands for a node: its "center", "first" or "last".
+        key_stride: keys of a leaf per scored one.
+        representative: keys that stand for a node: the last of each stride in its "center", "first"
+            or "last" leaf; or as many, "spread" over all its leaves.
     """
 
-    leaf: int = 8
-    beam: int = 512
-    row_stride: int = 4
+    leaf: int = 64
+    beam: int = 1024
+    row_stride: int = 16
     key_stride: int = 4
     representative: str = "center"
 
@@ -116,7 +118,7 @@ class TreeOptions(SearchOptions):
         self._expect_int("beam", 1)
         self._expect_int("row_stride", 1)
         self._expect_int("key_stride", 1)
-        self._expect_choice("representative", REPRESENTATIVES)
+        self._expect_choice("representative", NODE_REPRESENTATIVES)
         if self.block_k % self.leaf:
             raise ValueError(f"leaf: expected a divisor of block_k={self.block_k}, got {self.leaf}")
         if self.key_stride > self.leaf:
@@ -138,7 +140,7 @@ class Stage:
 
     chunk: int
     keep: int = 0
-    row_stride: int = 4
+    row_stride: int = 16
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class StageOptions(SearchOptions):
             best key, or that of the "last" one.
     """
 
-    stages: tuple[Stage, ...] = (Stage(256, 32768), Stage(32, 8192), Stage(8))
+    stages: tuple[Stage, ...] = (Stage(64, 16384), Stage(8))
     representative: str = "center"
     chunk_score: str = "max"
 

@@ -189,8 +189,14 @@ def _leaves(part: _Part, options: TreeOptions) -> tuple[Tensor, Tensor]:
     )
 
     def score(left: Tensor, right: Tensor) -> Tensor:
-        leaf = _representative(left, right, options.representative)
-        keys = low * options.block_k + leaf[..., None] * options.leaf + offsets
+        if options.representative == "spread":
+            middles = 2 * torch.arange(len(offsets), device=n.device) + 1
+            keys = left[..., None] * options.leaf
+            keys = keys + (right - left)[..., None] * options.leaf * middles // (2 * len(offsets))
+        else:
+            leaf = _representative(left, right, options.representative)
+            keys = leaf[..., None] * options.leaf + offsets
+        keys = low * options.block_k + keys
         keys = torch.where((left < right)[..., None], keys, 0)
         best = part.scores(keys.flatten(3)).unflatten(3, (-1, len(offsets))).amax(dim=-1)
         return best.masked_fill(left >= right, -torch.inf)

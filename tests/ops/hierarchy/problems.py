@@ -92,8 +92,14 @@ def tree_tiles(score: Callable[[int], float], low: int, high: int, o: TreeOption
     nodes = [node for node in nodes if node[0] < node[1]]
 
     def value(node: tuple[int, int]) -> float:
-        first = low * o.block_k + pick(*node, o.representative) * o.leaf
-        return max(score(first + u) for u in range(o.key_stride - 1, o.leaf, o.key_stride))
+        count = o.leaf // o.key_stride
+        if o.representative == "spread":  # the middles of as many equal parts
+            length = (node[1] - node[0]) * o.leaf
+            keys = [node[0] * o.leaf + length * (2 * u + 1) // (2 * count) for u in range(count)]
+        else:
+            first = pick(*node, o.representative) * o.leaf
+            keys = [first + u for u in range(o.key_stride - 1, o.leaf, o.key_stride)]
+        return max(score(low * o.block_k + key) for key in keys)
 
     while any(right - left > 1 for left, right in nodes):
         halves = []

@@ -21,7 +21,7 @@ def test_the_tree_lists_what_the_beam_search_finds(
 ) -> None:
     q, k = qk(Lq, Lk, B=2)
     for rows in ("mean", "last"):
-        for which in ("center", "first", "last"):
+        for which in ("center", "first", "last", "spread"):
             o = replace(TREE, share=share, rows=rows, representative=which)
             assert listed(hip_tree(q, k, o, backend=backend)) == expected_lists(q, k, o)
 
@@ -33,6 +33,7 @@ def test_the_tree_lists_what_the_beam_search_finds(
         {"leaf": 16, "key_stride": 1},
         {"leaf": 2, "block_k": 2, "key_stride": 1, "budget": 20},
         {"leaf": 1, "key_stride": 1},
+        {"leaf": 8, "key_stride": 3, "representative": "spread"},
         {"beam": 1},
         {"beam": 1000},
         {"row_stride": 1},

@@ -29,6 +29,8 @@ def options(draw: st.DrawFn) -> TreeOptions | StageOptions:
         "representative": draw(st.sampled_from(["center", "first", "last"])),
     }
     if draw(st.booleans()):
+        if draw(st.booleans()):
+            shared["representative"] = "spread"
         leaf = draw(st.sampled_from([x for x in (1, 2, 4, 8) if block_k % x == 0]))
         beam, rows = draw(st.integers(1, 40)), draw(st.integers(1, 20))
         return TreeOptions(
