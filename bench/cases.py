@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext import BlockIndex
+from lowcontext.ops import native
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Case:
         dtype = getattr(torch, self.dtype)
         shapes = [(self.Hq, self.Lq), (self.Hkv, self.Lk), (self.Hkv, self.Lk)]
         q, k, v = (torch.randn(self.B, h, n, self.D, generator=gen).to(dtype) for h, n in shapes)
-        return q.to(self.device), k.to(self.device), v.to(self.device)
+        return q.to(self.device), as_cached(k.to(self.device)), as_cached(v.to(self.device))
 
     def index(self, seed: int = 0) -> BlockIndex | None:
         """The index of the pattern; None where dense."""
@@ -60,6 +61,13 @@ class Case:
             index.block_size,
             *(None if x is None else x.to(self.device) for x in columns),
         )
+
+
+def as_cached(x: Tensor) -> Tensor:
+    """A copy of x in memory as the KV cache allocates it."""
+    out = torch.empty_like(x)
+    native.prefer_huge_pages(out)
+    return out.copy_(x)
 
 
 def random_blocks(case: Case, seed: int) -> BlockIndex:

@@ -34,6 +34,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "int chunk, bool final, bool last_score, Tensor? counts, Tensor? starts, int chunk_before) "
       "-> "
       "(Tensor, Tensor)");
+  m.def("_prefer_huge_pages(Tensor fresh) -> ()");
   m.def("cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");
 }

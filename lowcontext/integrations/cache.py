@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from lowcontext.methods import LayerContext, Method
+from lowcontext.ops.native import prefer_huge_pages
 
 # A row of the batch as `LayerContext`s see it: None for the whole unpadded batch, else (row, first
 # valid key).
@@ -229,6 +230,7 @@ class SparseCacheLayer(CacheLayerMixin):
         capacity = length + max(_MIN_GROWTH, length // share)
         keys = old_keys.new_empty(*old_keys.shape[:2], capacity, old_keys.shape[3])
         values = old_values.new_empty(*old_values.shape[:2], capacity, old_values.shape[3])
+        prefer_huge_pages(keys, values)
         if used:
             keys[:, :, :used] = old_keys[:, :, :used]
             values[:, :, :used] = old_values[:, :, :used]

@@ -92,6 +92,22 @@ def attention(
     return torch.ops.lowcontext.attention(q, k, v, scale, softcap, window, kv_start)
 
 
+def prefer_huge_pages(*fresh: Tensor) -> None:
+    """Asks the system for huge pages under large CPU buffers that are still untouched.
+
+    A list of keys touches a page per key or tile; with 4 KiB pages their table entries are as cold
+    as the keys. Does nothing without the extension, on a GPU, or while torch.compile traces.
+
+    Args:
+        fresh: contiguous tensors from `torch.empty`.
+    """
+    if torch.compiler.is_compiling() or status() is not None:
+        return
+    for tensor in fresh:
+        if tensor.device.type == "cpu":
+            torch.ops.lowcontext._prefer_huge_pages(tensor)
+
+
 def cpu_isa() -> str:
     """The instruction set of the CPU kernels in use: avx512, avx2 or portable.
 

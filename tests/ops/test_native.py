@@ -379,3 +379,12 @@ def test_supports_gives_the_reason() -> None:
 def test_an_unknown_instruction_set_is_refused() -> None:
     with pytest.raises(RuntimeError, match="isa: expected auto, or an instruction set"):
         torch.ops.lowcontext._set_cpu_isa("sse9")
+
+
+def test_huge_pages_are_a_hint_that_changes_no_value() -> None:
+    fresh = torch.empty(3, 1024, 1024)
+    native.prefer_huge_pages(fresh, torch.empty(0), torch.empty(5, dtype=torch.bfloat16))
+    fresh.fill_(2.0)
+    assert fresh.sum() == 2.0 * fresh.numel()
+    native.prefer_huge_pages(fresh)
+    assert fresh.sum() == 2.0 * fresh.numel()
