@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lowcontext.integrations._probe import Enough, probe
 from lowcontext.methods import LayerContext, Method
 from lowcontext.methods._patterns import KINDS, Layer
+from lowcontext.methods.base import Moved
 
 INK, FAINT = "#1f2933", "#66727f"
 # Rows of the weights that are formed at a time.
@@ -91,6 +92,11 @@ def map_head(
     weights, pairs, read = (torch.zeros(n, n, device=q.device) for _ in range(3))
     inside = 0.0
     for row0, row1, index in method.parts(q, k, layer):
+        if isinstance(index, Moved):
+            raise NotImplementedError(
+                f"{method}: expected a method that reads keys where they are, got one that moves "
+                "them; turn that off to draw it"
+            )
         for row in range(row0, row1, _ROWS):
             rows = torch.arange(row, min(row + _ROWS, row1), device=q.device)
             visible = columns <= rows[:, None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.methods._select import diagonal_sums, mass_mask, top_k_mask
-from lowcontext.methods.base import LayerContext, Method, is_decoding
+from lowcontext.methods.base import LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import pooled_scores
 from lowcontext.ops.vertical_slash import last_window_scores
 
@@ -72,9 +72,7 @@ class FlexPrefill(Method):
         """None: FlexPrefill reads densely in decode."""
         return None
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """Columns and diagonals chosen once, the index of some query blocks at a time."""
         B, H, Lq, _ = q.shape
         Lk = k.shape[2]

@@ -13,7 +13,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._patterns import HeadPattern, Layer, read_patterns
 from lowcontext.methods._select import diagonal_sums, join_heads, top_k_mask
-from lowcontext.methods.base import LayerContext, Method, is_decoding
+from lowcontext.methods.base import LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import pooled_scores
 from lowcontext.ops.vertical_slash import last_window_scores, line_index
 
@@ -93,9 +93,7 @@ class MInference(Method):
         """None: MInference reads densely in decode."""
         return None
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """Lines chosen once for the prompt, the index of some query blocks at a time."""
         Lq, Lk = q.shape[2], k.shape[2]
         dense = layer.layer_idx < self.dense_layers or Lk < self.min_length
@@ -143,7 +141,16 @@ class MInference(Method):
 
 
 class Selection:
-    """The lines and blocks of one call, for every head."""
+    """The lines and blocks of one prompt, for every head of a layer.
+
+    Args:
+        method: the settings.
+        q: [B, Hq, Lq, D], the last Lq positions; k: [B, Hkv, Lk, D].
+        layer: its index and scale; names the patterns of the heads.
+
+    Raises:
+        ValueError: the pattern file has other layers or heads than the model.
+    """
 
     def __init__(self, method: MInference, q: Tensor, k: Tensor, layer: LayerContext) -> None:
         self.q, self.k, self.method, self.layer = q, k, method, layer

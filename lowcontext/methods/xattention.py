@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.methods._select import mass_mask
-from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, is_decoding
+from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import antidiagonal_scores
 
 
@@ -53,9 +53,7 @@ class XAttention(Method):
             )
         self._expect_share("threshold")
 
-    def parts(
-        self, q: Tensor, k: Tensor, layer: LayerContext
-    ) -> Iterator[tuple[int, int, BlockIndex | None]]:
+    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
         """Parts as of every method, but the blocks with the last `dense_last` queries are dense."""
         Lq, Lk = q.shape[2], k.shape[2]
         end = (Lk - self.dense_last) // self.block * self.block - (Lk - Lq)
