@@ -92,12 +92,12 @@ class Vote:
     ) -> Tokens:
         """Votes with the keys of the pages whose bounds win a vote before: 2/page of K and a few k.
 
-        Pages lie at multiples of `page`; sink and recent keys are rounded out to whole pages. More
-        than one row votes exactly.
+        Pages lie at multiples of `page`; sink and recent keys are rounded out to whole pages. Takes
+        one row.
         """
         page = self.page
         sink, end = -(-self.sink // page) * page, low // page * page
-        if q.shape[2] > 1 or end - sink <= self.k:
+        if end - sink <= self.k:
             return self.exact(q, k, low, layer, batch)
         bounds = block_statistics(layer.memory, k, page, votes.page_bounds)
         bounds = bounds[batch, :, sink // page : end // page]
@@ -142,3 +142,17 @@ class Vote:
         chosen = ballot.gather(3, ids.long()).masked_fill(~listed, 0.0).sum(dim=3)
         total = ballot.clamp(min=0).sum(dim=3)
         return chosen.sum(dim=(1, 2)) / total.sum(dim=(1, 2))
+
+
+def join_rows(parts: list[Tokens]) -> Tokens:
+    """Selections of consecutive rows, with one sink, as one; recent keys begin as in the last."""
+    if len(parts) == 1:
+        return parts[0]
+    masses = [part.mass for part in parts if part.mass is not None]
+    return Tokens(
+        torch.cat([part.ids for part in parts], dim=2),
+        torch.cat([part.counts for part in parts], dim=2),
+        parts[-1].sink,
+        parts[-1].low,
+        torch.cat(masses) if masses else None,
+    )

@@ -37,14 +37,15 @@ def reuse(
     Lk: int,
     layer: LayerContext,
     threshold: float,
+    by_head: bool,
     tail: int,
     choose: Callable[[slice], Tokens],
 ) -> tuple[Tokens, Tensor]:
     """The kept selection of rows that may reuse it, a new one for the others.
 
-    A row reuses while the cosine between its query, all heads as one vector, and the query of its
-    last selection is at least `threshold`, and at most `tail` keys are read besides. Under tensor
-    parallel the cosine is that of all heads, so that the ranks agree.
+    A row reuses while the cosine between its query and the query of its last selection is at least
+    `threshold`, in every head or with all heads as one vector, and at most `tail` keys are read
+    besides. Under tensor parallel the heads of all ranks count, so that the ranks agree.
 
     On a CPU the decision is read, and rows that reuse are not scored: that is the gain. On another
     device reading it would stall the queue, so all rows are scored and the result is chosen there.
@@ -54,6 +55,7 @@ def reuse(
         Lk: keys.
         layer: where this runs; keeps the state in `memory["kept"]`.
         threshold: least cosine.
+        by_head: every head must reach it.
         tail: most keys behind `low`.
         choose: makes a selection for a slice of the batch.
 
@@ -70,11 +72,8 @@ def reuse(
         _observe(layer, torch.zeros(B, device=q.device), tokens)
         return tokens, low
 
-    sums = torch.stack([(query * kept.query).sum(1), query.square().sum(1)])
-    sums = torch.cat([sums, kept.query.square().sum(1)[None]])
-    if layer.reduce is not None:
-        sums = layer.reduce(sums)
-    hit = (sums[0] >= threshold * (sums[1] * sums[2]).sqrt()) & (Lk - kept.low <= tail)
+    near = _near(q[:, :, 0], kept.query.view_as(q[:, :, 0]), threshold, by_head, layer)
+    hit = near & (Lk - kept.low <= tail)
     if q.device.type == "cpu":
         tokens, low = _branch(hit.tolist(), kept, choose)
     else:
@@ -85,6 +84,18 @@ def reuse(
         layer.memory["kept"] = Kept(torch.where(hit[:, None], kept.query, query), tokens, low)
     _observe(layer, hit, tokens)
     return tokens, low
+
+
+def _near(q: Tensor, kept: Tensor, threshold: float, by_head: bool, layer: LayerContext) -> Tensor:
+    """bool [B]: the cosine of q and kept [B, Hq, D] is at least the threshold."""
+    dot, size, other = (q * kept).sum(2), q.square().sum(2), kept.square().sum(2)  # [B, Hq]
+    if by_head:
+        turned = (dot < threshold * (size * other).sqrt()).sum(1).float()
+        return (turned if layer.reduce is None else layer.reduce(turned)) == 0
+    sums = torch.stack([dot.sum(1), size.sum(1), other.sum(1)])
+    if layer.reduce is not None:
+        sums = layer.reduce(sums)
+    return sums[0] >= threshold * (sums[1] * sums[2]).sqrt()
 
 
 def _branch(

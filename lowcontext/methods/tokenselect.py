@@ -10,11 +10,20 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._candidates import Tokens, Vote
+from lowcontext.methods._candidates import Tokens, Vote, join_rows
 from lowcontext.methods._reuse import reuse
-from lowcontext.methods.base import LayerContext, Method, Moved, Part, is_decoding
+from lowcontext.methods.base import (
+    MAX_DECODE_QUERIES,
+    LayerContext,
+    Method,
+    Moved,
+    Part,
+    is_decoding,
+)
 
 TILE = 64
+# Numbers in the scores of one call (64 MiB).
+_SCORES = 2**24
 
 
 @dataclass(frozen=True)
@@ -27,26 +36,33 @@ class TokenSelect(Method):
     queries selects once, with the mean of its queries. That mean sees the queries of the whole
     chunk, so the chunk size changes what is selected; what is attended stays causal.
 
-    A chunk reads the `local` keys up to its first query, and itself. For the window as published,
-    which is the chunk itself, take `prefill=get_method("tokenselect", local=1)`.
+    A mean of 512 queries hardly knows what the last one asks, and the answer starts there: the last
+    `tail` queries of a prompt, or of each call that brings a piece of it, select one by one.
+
+    A chunk reads the `local` keys up to its first query, and itself. For prefill as published,
+    whose window is the chunk itself, take `prefill=get_method("tokenselect", local=1, tail=0)`.
 
     Args:
         k: tokens selected, besides sink and local window.
         sink: keys at the start that are always read.
         local: recent keys that a query always reads, itself included.
         chunk: queries that share a selection in prefill.
-        scope: "layer" selects one list for all heads (as published), "kv_head" one for each KV
-            head, by the votes of its query heads.
+        tail: last queries of a prompt that select for themselves, at most 32.
+        scope: "kv_head" selects one list for each KV head, by the votes of its query heads; "layer"
+            one for all heads (as published). The first keeps more attention mass at the same bytes.
         vote_scale: "1/sqrt(d)" votes with the scaled logits that attention uses, 1 with unscaled
-            ones (as published).
+            ones (as published). The first keeps more attention mass.
         pool: odd width of a maximum over neighbouring votes, 0 for none.
-        scoring: "exact" votes with all keys; "int8" with a copy of the keys in 8 bits, 1 byte per
-            channel of memory; "pages" with the keys of the best pages by their bounds. The two read
-            less in decode; a prefill chunk always votes exactly.
+        scoring: "exact" votes with all keys, half of what dense attention reads; "int8" with a copy
+            of the keys in 8 bits; "pages" with the keys of the best pages by their bounds, the
+            fastest, and exact enough where neighbouring keys are alike (docs/token-selection.md).
+            A prefill chunk always votes exactly.
         page: keys per page of scoring="pages".
         coarse: tokens in those pages, in multiples of k.
         cache_threshold: reuse the last selection while the cosine with its query is at least this;
             None selects at every step.
+        cache_cosine: "head" asks it of every head; "layer" of all heads as one vector (as
+            published), which reuses more often, and also when a single head looks elsewhere.
         cache_steps: most steps that reuse a selection.
         select_layers: layers that select in decode, the others take the list of the last of them;
             None lets every layer select. Layers before the first select for themselves.
@@ -60,13 +76,15 @@ class TokenSelect(Method):
     sink: int = 128
     local: int = 512
     chunk: int = 512
-    scope: str = "layer"
+    tail: int = 32
+    scope: str = "kv_head"
     vote_scale: str | int = "1/sqrt(d)"
     pool: int = 0
-    scoring: str = "exact"
+    scoring: str = "pages"
     page: int = 16
     coarse: int = 4
     cache_threshold: float | None = 0.9
+    cache_cosine: str = "head"
     cache_steps: int = 64
     select_layers: tuple[int, ...] | None = None
     positions: str = "original"
@@ -74,6 +92,12 @@ class TokenSelect(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect_ints(k=1, sink=0, local=1, chunk=1, pool=0, page=1, coarse=1, cache_steps=1)
+        self._expect_ints(tail=0)
+        if self.tail > MAX_DECODE_QUERIES:
+            raise ValueError(
+                f"tokenselect: tail: expected at most {MAX_DECODE_QUERIES}, got {self.tail}"
+            )
+        self._expect_choice("cache_cosine", ("head", "layer"))
         self._expect_choice("scope", ("layer", "kv_head"))
         self._expect_choice("vote_scale", ("1/sqrt(d)", 1))
         self._expect_choice("scoring", ("exact", "int8", "pages"))
@@ -107,10 +131,14 @@ class TokenSelect(Method):
             if offset < self._budget:
                 row = min(-(-self._budget // self.chunk) * self.chunk - offset, Lq)
                 yield 0, row, None
-            while row < Lq:
-                end = min(row + self.chunk - (offset + row) % self.chunk, Lq)
+            last = max(row, Lq - self.tail)
+            while row < last:
+                end = min(row + self.chunk - (offset + row) % self.chunk, last)
                 yield row, end, self._chunk_part(q[:, :, row:end], k[:, :, : offset + end], layer)
                 row = end
+            if row < Lq:
+                for start, end, part in self._decode_parts(q[:, :, row:], k, layer):
+                    yield row + start, row + end, part
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of one chunk of a prompt: queries of one block of `chunk` positions."""
@@ -157,18 +185,31 @@ class TokenSelect(Method):
         if not selects and layer.shared.get("step") == step:
             tokens, start = layer.shared["tokens"]
             return tokens.to(k.device), start.to(k.device)
-        score = getattr(self._vote(layer), self.scoring)
+        vote = self._vote(layer)
+        # Rows of one call begin their recent keys one after another, and pages would round that.
+        exactly = self.scoring == "exact" or (self.scoring == "pages" and q.shape[2] > 1)
+        score = vote.exact if exactly else getattr(vote, self.scoring)
         if q.shape[2] == 1 and self.cache_threshold is not None:
             found = reuse(
                 q,
                 Lk,
                 layer,
                 self.cache_threshold,
+                self.cache_cosine == "head",
                 self._longest_tail,
                 lambda batch: score(q, k, low, layer, batch),
             )
         else:
-            tokens = score(q, k, low, layer)
+            # Scores of many rows are as large as the keys: a few rows at a time.
+            at_once = max(1, _SCORES // (q.shape[0] * q.shape[1] * Lk))
+            rows = range(0, q.shape[2], at_once)
+            behind = [max(0, q.shape[2] - r - at_once) for r in rows]
+            tokens = join_rows(
+                [
+                    score(q[:, :, r : r + at_once], k, low - b, layer)
+                    for r, b in zip(rows, behind, strict=True)
+                ]
+            )
             found = tokens, torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
             if layer.observe is not None and tokens.mass is not None:
                 layer.observe({"selected_mass": tokens.mass})

@@ -15,7 +15,17 @@ from lowcontext.integrations._rotary import rotary_source
 from lowcontext.integrations.cache import SparseCacheLayer
 from lowcontext.ops import votes
 
-SMALL: dict[str, Any] = {"k": 12, "sink": 4, "local": 8, "chunk": 16, "cache_steps": 4}
+SMALL: dict[str, Any] = {
+    "k": 12,
+    "sink": 4,
+    "local": 8,
+    "chunk": 16,
+    "tail": 0,
+    "cache_cosine": "layer",
+    "cache_steps": 4,
+    "scope": "layer",
+    "scoring": "exact",
+}
 
 
 def patched(family: str = "llama", **options: Any) -> Any:
@@ -150,7 +160,7 @@ def test_moved_positions_equal_a_prompt_without_the_tokens_between(
         return torch.zeros(*shape, 1).int(), torch.ones(shape).int()
 
     monkeypatch.setattr(votes, "topk", first)  # selects the first token behind the sink
-    options = {"k": 1, "sink": 3, "local": 9, "chunk": 64}
+    options = {**SMALL, "k": 1, "sink": 3, "local": 9, "chunk": 64}
     lowcontext.patch_model(model, "tokenselect", positions="compact", **options)
     cache = DynamicCache(config=model.config)
     logits(model, ids[:, :-1], past_key_values=cache)

@@ -15,7 +15,8 @@ from lowcontext.methods import combine, method_class
 
 METHODS = lowcontext.available_methods()
 # A list that is kept for some steps (refresh > 1) depends on the query that made it, and a dense
-# end (dense_last) on where the prompt ends: the methods that have these test them themselves.
+# end (dense_last) or one that selects for itself (tail) on where the prompt ends: the methods that
+# have these test them themselves.
 SMALL = {
     "budget": 512,
     "window": 96,
@@ -28,6 +29,7 @@ SMALL = {
     "sink": 70,
     "local": 90,
     "chunk": 128,
+    "tail": 0,
 }
 # Values at which every method reads everything; a new method adds its own budget here.
 COVERING = {

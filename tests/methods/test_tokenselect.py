@@ -16,7 +16,15 @@ from lowcontext.methods.base import Moved, Rotary
 from lowcontext.methods.tokenselect import TokenSelect
 from lowcontext.ops.rotary import rotate_to
 
-SIZES: dict[str, Any] = {"k": 40, "sink": 5, "local": 20, "cache_threshold": None}
+SIZES: dict[str, Any] = {
+    "k": 40,
+    "sink": 5,
+    "local": 20,
+    "tail": 0,
+    "scope": "layer",
+    "scoring": "exact",
+    "cache_threshold": None,
+}
 
 
 def make(**options: Any) -> TokenSelect:
@@ -165,6 +173,31 @@ def test_chunks_of_any_size_are_causal_and_read_their_window() -> None:
 
 
 @pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
+def test_the_last_queries_of_a_prompt_select_one_by_one(
+    scoring: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k = rand(1, 4, 300, 16), rand(1, 2, 300, 16, seed=1)
+    method, layer = make(chunk=50, tail=20, scoring=scoring), LayerContext(scale=0.25)
+    parts = list(method.parts(q, k, layer))
+    assert [p[:2] for p in parts] == [
+        (0, 100),
+        (100, 150),
+        (150, 200),
+        (200, 250),
+        (250, 280),
+        (280, 300),
+    ]
+    mask = parts[-1][2].to_mask(20, 300)
+    one_by_one = make(scoring="exact" if scoring == "pages" else scoring)
+    for r in range(20):
+        n = 281 + r
+        alone = one_by_one.decode(q[:, :, n - 1 : n], k[:, :, :n], LayerContext(scale=0.25))
+        assert torch.equal(mask[:, :, r : r + 1, :n], alone.to_mask(1, n))
+    monkeypatch.setattr("lowcontext.methods.tokenselect._SCORES", 3 * 4 * 300)  # 3 rows at a time
+    assert torch.equal(method.decode(q[:, :, 280:], k, layer).to_mask(20, 300), mask)
+
+
+@pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
 def test_a_planted_needle_is_selected_among_many_tokens(scoring: str) -> None:
     q, k = rand(1, 8, 1, 64), rand(1, 2, 8192, 64, seed=1)
     k[:, 0, 3001] = 1.5 * q[:, 0, 0]
@@ -207,6 +240,20 @@ def test_a_turned_query_selects_anew_and_a_kept_direction_does_not() -> None:
     for step in (q, 3 * q, q + 0.1 * rand(1, 4, 1, 16, seed=7), -q, q):
         method.decode(step, k[:, :, : 350 + len(hits)], layer)
     assert hits == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize(("cosine", "hit"), [("head", False), ("layer", True)])
+def test_one_head_that_turns_is_seen_head_by_head_alone(cosine: str, hit: bool) -> None:
+    method = make(cache_threshold=0.8, cache_cosine=cosine)
+    q, k = rand(1, 4, 1, 16), rand(1, 2, 400, 16, seed=1)
+    layer, hits = LayerContext(scale=0.25), []
+    layer.observe = lambda figures: hits.append(bool(figures["cache_hits"]))
+    q[:, 3] *= 0.1
+    method.decode(q, k[:, :, :399], layer)
+    turned = q.clone()
+    turned[:, 3] *= -1
+    method.decode(turned, k, layer)
+    assert hits == [False, hit]
 
 
 def test_dropped_memory_selects_anew() -> None:
@@ -370,11 +417,13 @@ def test_compact_needs_rotary_facts_and_is_dense_within_the_budget() -> None:
         list(method.parts(q, rand(1, 2, 66, 16), LayerContext()))
 
 
-def test_ranks_that_share_the_heads_agree_with_one_that_has_them_all() -> None:
-    method = make(cache_threshold=0.9)
+@pytest.mark.parametrize("cosine", ["head", "layer"])
+def test_ranks_that_share_the_heads_agree_with_one_that_has_them_all(cosine: str) -> None:
+    method = make(cache_threshold=0.7, cache_cosine=cosine)
     q, k = drifting(30, 0.25), rand(1, 2, 430, 16, seed=1)
     q[:, 2:, 15:] = -q[:, 2:, 15:]  # the second rank turns alone
-    one = LayerContext(scale=0.25)
+    one, hits = LayerContext(scale=0.25), []
+    one.observe = lambda figures: hits.append(int(figures["cache_hits"]))
     expected = [
         method.decode(q[:, :, i : i + 1], k[:, :, : 400 + i], one).to_mask(1, 400 + i)
         for i in range(30)
@@ -403,6 +452,7 @@ def test_ranks_that_share_the_heads_agree_with_one_that_has_them_all() -> None:
     for thread in threads:
         thread.join()
     assert not meet.broken
+    assert 0 < sum(hits) < 30
     for r in range(2):
         assert all(torch.equal(a, b) for a, b in zip(results[r], expected, strict=True))
 
@@ -415,6 +465,8 @@ def test_hyper_parameters_are_checked() -> None:
         ("scoring", "int2"),
         ("positions", "relative"),
         ("cache_threshold", 1.5),
+        ("cache_cosine", "both"),
+        ("tail", 33),
         ("k", 0),
         ("local", 0),
     ]:

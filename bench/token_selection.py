@@ -1,0 +1,309 @@
+"""What token selection keeps of attention, what it costs in decode, and what a prompt needs.
+
+python -m bench.token_selection mass CHECKPOINT     attention mass against budget, by rule of choice
+python -m bench.token_selection decode              time per step on 128K keys, against SDPA
+python -m bench.token_selection memory              peak memory of a 64K prompt, whole and in chunks
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.box import MARKDOWN
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import lowcontext
+from bench.selection_inputs import Steps, checkpoint, structured, uniform
+from bench.timing import environment, interleave, read_bandwidth
+from lowcontext import BlockIndex, LayerContext
+from lowcontext.methods.tokenselect import TokenSelect
+
+console = Console(width=160)
+app = typer.Typer(add_completion=False)
+Out = Annotated[Path, typer.Option(help="Folder of the JSONL file.")]
+RESULTS = Path("bench/results")
+
+SINK, LOCAL = 128, 512
+BASE = TokenSelect(sink=SINK, local=LOCAL, scope="layer", scoring="exact", cache_threshold=None)
+RULES: dict[str, TokenSelect] = {
+    "soft vote": BASE,
+    "soft vote, unscaled": replace(BASE, vote_scale=1),
+    "soft vote per KV head": replace(BASE, scope="kv_head"),
+    "soft vote per KV head, unscaled": replace(BASE, scope="kv_head", vote_scale=1),
+    "int8": replace(BASE, scoring="int8"),
+    "pages, coarse=2": replace(BASE, scoring="pages", coarse=2),
+    "pages, coarse=4": replace(BASE, scoring="pages", coarse=4),
+    "pages, coarse=8": replace(BASE, scoring="pages", coarse=8),
+    "pages per KV head, coarse=4": replace(BASE, scope="kv_head", scoring="pages"),
+}
+
+
+def hard_vote(logits: Tensor, k: int) -> Tensor:
+    """Candidates [n] by how many heads have them in their own top k; ties to the lower index."""
+    own = logits.topk(min(k, logits.shape[1]), dim=1).indices
+    count = torch.zeros(logits.shape[1]).index_add_(0, own.flatten(), torch.ones(own.numel()))
+    return count.sort(descending=True, stable=True).indices[:k]
+
+
+def summed_logits(logits: Tensor, k: int) -> Tensor:
+    """Candidates [n] by the sum of their logits over the heads."""
+    return logits.sum(0).sort(descending=True, stable=True).indices[:k]
+
+
+def best_per_head(logits: Tensor, k: int) -> Tensor:
+    """The most that any choice can keep: each head its own top k."""
+    return logits.topk(min(k, logits.shape[1]), dim=1).indices
+
+
+LOGIT_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "hard vote": hard_vote,
+    "summed logits": summed_logits,
+    "own list per query head": best_per_head,
+}
+
+
+def attended(index: BlockIndex | None, Lk: int) -> Tensor:
+    """bool [1 or Hkv, Lk]."""
+    if index is None:
+        return torch.ones(1, Lk, dtype=torch.bool)
+    return index.to_mask(1, Lk)[0, :, 0]
+
+
+def kept_mass(weights: Tensor, mask: Tensor) -> float:
+    """Mean over the heads of the attention weights [Hq, Lk] under the mask [H, Lk]."""
+    return float(
+        (weights * mask.repeat_interleave(weights.shape[0] // mask.shape[0], 0)).sum(1).mean()
+    )
+
+
+def step_inputs(steps: Steps, t: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q [1, Hq, 1, D], k [1, Hkv, Lk_t, D] and logits [Hq, Lk_t] of step t."""
+    T = steps.q.shape[0]
+    k = steps.k[:, : steps.k.shape[1] - T + t + 1]
+    G = steps.q.shape[1] // k.shape[0]
+    logits = torch.einsum("hgd,hnd->hgn", steps.q[t].unflatten(0, (-1, G)), k).flatten(0, 1)
+    return steps.q[t][None, :, None], k[None], steps.scale * logits
+
+
+def mass_rows(steps: Steps, budgets: Iterable[int]) -> list[dict[str, Any]]:
+    """Mean attention mass over the steps, for every rule and budget."""
+    sums: dict[tuple[str, int], float] = {}
+    T = steps.q.shape[0]
+    # Options first, so that their state (8-bit keys, page bounds) is carried from step to step.
+    contexts = {name: LayerContext(scale=steps.scale) for name in RULES}
+    for t in range(T):
+        q, k, logits = step_inputs(steps, t)
+        weights, Lk = logits.softmax(-1), k.shape[2]
+        forced = torch.zeros(1, Lk, dtype=torch.bool)
+        forced[:, :SINK], forced[:, Lk - LOCAL :] = True, True
+        for budget in budgets:
+            for name, method in RULES.items():
+                index = replace(method, k=budget).decode(q, k, contexts[name])
+                key = (name, budget)
+                sums[key] = sums.get(key, 0.0) + kept_mass(weights, attended(index, Lk)) / T
+            for name, rule in LOGIT_RULES.items():
+                ids = rule(logits[:, SINK : Lk - LOCAL], budget) + SINK
+                mask = forced.expand(ids.shape[0] if ids.dim() == 2 else 1, Lk).clone()
+                mask.scatter_(1, ids if ids.dim() == 2 else ids[None], True)
+                sums[name, budget] = sums.get((name, budget), 0.0) + kept_mass(weights, mask) / T
+    rows = []
+    for (name, budget), mass in sums.items():
+        share = mass / sums["soft vote", budget]
+        row = {"input": steps.name, "rule": name, "k": budget, "mass": mass, "of_exact": share}
+        rows.append(row)
+    return rows
+
+
+def cache_rows(
+    steps: Steps, k: int, cosine: str, thresholds: Iterable[float | None]
+) -> list[dict[str, Any]]:
+    """Mass and hit rate over consecutive steps, by threshold."""
+    rows, T = [], steps.q.shape[0]
+    for threshold in thresholds:
+        method = replace(BASE, k=k, cache_threshold=threshold, cache_cosine=cosine)
+        hits: list[float] = []
+        layer = LayerContext(scale=steps.scale)
+        layer.observe = lambda seen, hits=hits: hits.extend(
+            seen.get("cache_hits", torch.empty(0)).tolist()
+        )
+        mass = 0.0
+        for t in range(T):
+            q, keys, logits = step_inputs(steps, t)
+            index = method.decode(q, keys, layer)
+            mass += kept_mass(logits.softmax(-1), attended(index, keys.shape[2])) / T
+        row = {"input": steps.name, "rule": f"cache by {cosine}", "k": k, "mass": mass}
+        row["threshold"] = threshold
+        rows.append({**row, "hit_rate": sum(hits) / len(hits) if hits else 0.0})
+    return rows
+
+
+@app.command()
+@torch.inference_mode()
+def mass(
+    folder: Annotated[str, typer.Argument(help="A checkpoint; see `lowcontext checkpoint`.")],
+    length: Annotated[int, typer.Option(help="Keys.")] = 16384,
+    steps: Annotated[int, typer.Option(help="Decode steps.")] = 8,
+    cache_steps: Annotated[int, typer.Option(help="Decode steps for the cache.")] = 48,
+    out: Out = RESULTS,
+) -> None:
+    """Attention mass against budget, and against the threshold of the Selection Cache."""
+    budgets = [b for b in (128, 256, 512, 1024, 2048, 4096, 8192, 16384) if b < length]
+    longer = checkpoint(folder, length, cache_steps)
+    inputs = [structured(length, cache_steps), uniform(length, steps), *longer]
+    rows: list[dict[str, Any]] = []
+    for each in inputs:
+        few = replace(each, q=each.q[-steps:])
+        found = mass_rows(few, budgets)
+        rows += found
+        table = Table(f"{each.name}", *(str(b) for b in budgets), box=MARKDOWN)
+        for name in [*RULES, *LOGIT_RULES]:
+            line = [r["mass"] for r in found if r["rule"] == name]
+            table.add_row(name, *(f"{x:.4f}" for x in line))
+        console.print(table)
+    table = Table("cache, k = 2048", "cosine", "threshold", "hit rate", "mass", box=MARKDOWN)
+    for each in [inputs[0], *longer]:
+        for cosine in ("head", "layer"):
+            found = cache_rows(each, 2048, cosine, (None, 1.0, 0.95, 0.9, 0.85, 0.8))
+            rows += found
+            for row in found:
+                threshold = "off" if row["threshold"] is None else f"{row['threshold']:g}"
+                figures = f"{row['hit_rate']:.3f}", f"{row['mass']:.4f}"
+                table.add_row(each.name, cosine, threshold, *figures)
+    console.print(table)
+    _write(out, "mass", rows)
+
+
+@app.command()
+@torch.inference_mode()
+def decode(
+    heads: Annotated[str, typer.Option(help="Hq/Hkv.")] = "8/2",
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    length: Annotated[int, typer.Option(help="Keys.")] = 131072,
+    rounds: Annotated[int, typer.Option(help="Most rounds.")] = 8,
+    seconds: Annotated[float, typer.Option(help="No round starts later.")] = 40.0,
+    threads: Annotated[int, typer.Option(help="0: as torch has them.")] = 0,
+    out: Out = RESULTS,
+) -> None:
+    """Time of one step, selection included, against SDPA and dense attention in the same run."""
+    if threads:
+        torch.set_num_threads(threads)
+    Hq, Hkv = (int(x) for x in heads.split("/"))
+    gen, kind, D = torch.Generator().manual_seed(0), getattr(torch, dtype), 128
+    k, v = (torch.randn(1, Hkv, length, D, generator=gen).to(kind) for _ in "kv")
+    # As many queries and lists in turn that none is still in a cache when its turn comes again.
+    queries = [torch.randn(1, Hq, 1, D, generator=gen).to(kind) for _ in range(24)]
+    options: dict[str, dict[str, Any]] = {
+        "exact": {"cache_threshold": None, "scoring": "exact"},
+        "int8": {"cache_threshold": None, "scoring": "int8"},
+        "pages": {"cache_threshold": None, "scoring": "pages"},
+        "hit": {"cache_threshold": 0.9, "cache_steps": 10**6},
+    }
+    calls: dict[str, Callable[[], Tensor]] = {
+        "sdpa": lambda: sdpa(queries[0], k, v, enable_gqa=True),
+        "dense": lambda: lowcontext.attention(queries[0], k, v),  # type: ignore[dict-item,return-value]
+        "read": read_bandwidth(torch.randn(2 * Hkv * length * D)),
+    }
+    for name, values in options.items():
+        calls[name] = _stepper(TokenSelect(**values), queries, k, v)
+    times = interleave(calls, rounds=rounds, budget_s=seconds)
+    item = k.element_size()
+    full, listed = Hkv * length * D * item, 2 * Hkv * (2048 + SINK + LOCAL) * D * item
+    candidates = 4 * 2048 * Hkv * D * item
+    sizes = {
+        "sdpa": 2 * full,
+        "dense": 2 * full,
+        "exact": full + listed,
+        "int8": Hkv * length * (D + 4) + listed,
+        "pages": 2 * full // 16 + candidates + listed,
+        "hit": listed,
+    }
+    bandwidth = 2 * Hkv * length * D * 4 / times["read"].p50 / 1e6
+    table = Table(
+        "step",
+        "p20 ms",
+        "p50 ms",
+        "p80 ms",
+        "x SDPA",
+        "x dense",
+        "MB read",
+        "GB/s",
+        "of bandwidth",
+        box=MARKDOWN,
+    )
+    rows = []
+    for name, size in sizes.items():
+        t, rate = times[name], size / times[name].p50 / 1e6
+        speed = {"x_sdpa": times["sdpa"].p50 / t.p50, "x_dense": times["dense"].p50 / t.p50}
+        rows.append(
+            {"case": f"decode-{heads}-{dtype}-{length}", "step": name, "p20_ms": t.p20}
+            | {"p50_ms": t.p50, "p80_ms": t.p80, **speed, "bytes": size, "gb_per_s": rate}
+            | {"read_bandwidth_gb_per_s": bandwidth}
+        )
+        figures = (t.p20, t.p50, t.p80, *speed.values(), size / 1e6, rate, rate / bandwidth)
+        table.add_row(name, *(f"{x:.3g}" for x in figures))
+    console.print(table)
+    where = environment()
+    console.print(
+        f"{where['device']}, {where['threads']} threads, torch {where['torch']}, "
+        f"commit {where['commit']}; a sum reads {bandwidth:.1f} GB/s"
+    )
+    _write(out, "decode", rows)
+
+
+def _stepper(
+    method: TokenSelect, queries: list[Tensor], k: Tensor, v: Tensor
+) -> Callable[[], Tensor]:
+    """A step with the next query; each has its own memory, and they share the state of the keys."""
+    scale = float(k.shape[3]) ** -0.5
+    state = LayerContext(scale=scale)
+    contexts = []
+    for q in queries:
+        layer = LayerContext(
+            scale=scale, memory={x: y for x, y in state.memory.items() if x != "kept"}
+        )
+        index = method.decode(q, k, layer)
+        out = lowcontext.sparse_attention(q, k, v, index)
+        expected = (
+            lowcontext.sparse_attention(
+                q.float(), k[:, :, :].float(), v.float(), index, backend="reference"
+            )
+            if q is queries[0]
+            else None
+        )
+        if expected is not None:
+            torch.testing.assert_close(
+                out.float(), expected, atol=2e-2 if k.dtype != torch.float32 else 1e-4, rtol=2e-2
+            )
+        state.memory.update(layer.memory)
+        contexts.append(layer)
+    turn = 0
+
+    def step() -> Tensor:
+        nonlocal turn
+        turn = (turn + 1) % len(queries)
+        index = method.decode(queries[turn], k, contexts[turn])
+        return lowcontext.sparse_attention(queries[turn], k, v, index)  # type: ignore[return-value]
+
+    return step
+
+
+def _write(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    where = environment()
+    with (out / f"token-selection-{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl").open("a") as file:
+        for row in rows:
+            file.write(json.dumps({**row, **where}) + "\n")
+
+
+if __name__ == "__main__":
+    app()
