@@ -102,6 +102,9 @@ def map_head(
             visible = columns <= rows[:, None]
             if index is None:
                 chosen = visible
+            elif isinstance(index, Moved):
+                lists_of = index.key_mask(N)[0]
+                chosen = lists_of[head * lists_of.shape[0] // q.shape[1]] & visible
             else:
                 heads = index.kv_starts.shape[1]
                 block = rows // index.block_q - row0 // index.block_q

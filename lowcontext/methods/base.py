@@ -71,6 +71,13 @@ class Moved:
         # Rounding must not touch a key that stays.
         return torch.where((self.keys == self.positions)[..., None], keys, moved)
 
+    def key_mask(self, Lk: int) -> Tensor:
+        """Keys in the list, before the causal mask: bool [B, H, Lk]."""
+        entries = torch.arange(self.keys.shape[2], device=self.keys.device)
+        keys = torch.where(entries >= self.first[:, None, None], self.keys.long(), Lk)
+        mask = torch.zeros(*keys.shape[:2], Lk + 1, dtype=torch.bool, device=keys.device)
+        return mask.scatter_(2, keys, torch.ones_like(keys, dtype=torch.bool))[..., :Lk]
+
     def density(self, Lq: int, Lk: int) -> float:
         """Share of the causal (query, key) pairs that are read. Reads tensors on the host."""
         read = Lq * (self.keys.shape[2] - self.first.double()) - Lq * (Lq - 1) / 2

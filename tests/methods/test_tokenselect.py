@@ -388,6 +388,7 @@ def test_compact_equals_attention_over_the_list_at_adjacent_positions(
     for a, b, moved in method.parts(rotated_q, rotated_k, layer):
         assert isinstance(moved, Moved)
         end = Lk - Lq + b
+        assert torch.equal(moved.key_mask(end), mask[:, :, b - 1, :end])
         out = attention(
             rotated_q[:, :, a:b],
             moved.gather_keys(rotated_k[:, :, :end]),
