@@ -63,7 +63,8 @@ def reuse(
         The selection, and int32 [B], where the keys begin that are read besides.
     """
     B = q.shape[0]
-    query = q.flatten(1)
+    # A copy: a caller may write its next query into the same memory.
+    query = q.flatten(1).clone()
     kept: Kept | None = layer.memory.get("kept")
     if kept is None or kept.query.shape != query.shape:
         tokens = choose(slice(0, B))
