@@ -136,6 +136,12 @@ class HierarchicalMethod(Method):
         return index
 
 
+def kept_since(layer: LayerContext, Lk: int) -> int:
+    """Keys there were when the first stage of the search behind the last list ran."""
+    kept: _Kept | None = layer.memory.get(_KEY)
+    return kept.made[0] if kept else Lk
+
+
 def _grown(index: BlockIndex, tiles: int) -> BlockIndex:
     """The list with as many more of the tiles that are written behind its counts."""
     if tiles == 0:

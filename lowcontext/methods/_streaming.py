@@ -1,0 +1,95 @@
+"""Positions for contexts beyond the trained length, as InfiniteHiP has them.
+
+Search: queries and keys are scored at distances of the search's choosing, on a copy of the keys
+that is rotated once. Attention: the listed keys are read at consecutive positions that end at the
+window, which keeps its own, so that no distance exceeds sink, budget and window together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowcontext.index import BlockIndex
+from lowcontext.methods.base import Moved, Rotary
+from lowcontext.ops.rotary import rotate_to
+
+_KEY = "search_keys"
+
+
+def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -> Tensor:
+    """A copy of the keys with key j at position `j // chunk`, or all at 0 where chunk is 0.
+
+    Kept in `memory` in a buffer that grows geometrically, and made again where it is missing; it
+    takes as much memory as the keys.
+
+    Args:
+        memory: the method's memory of this layer.
+        k: [B, Hkv, Lk, D], rotated by the model.
+        rotary: how.
+        chunk: keys that share a position, 0 for all of them.
+
+    Returns:
+        [B, Hkv, Lk, D] in the dtype of k.
+    """
+    Lk = k.shape[2]
+    buffer, done = memory.get(_KEY, (None, 0))
+    if buffer is None or buffer.shape[2] < Lk:
+        grown = k.new_empty(*k.shape[:2], max(Lk + Lk // 2, 64), k.shape[3])
+        if buffer is not None:
+            grown[:, :, :done] = buffer[:, :, :done]
+        buffer = grown
+    if done < Lk:
+        old = torch.arange(done, Lk, device=k.device)
+        new = old // chunk if chunk else torch.zeros_like(old)
+        buffer[:, :, done:Lk] = _rotated(k[:, :, done:], old, new, rotary)
+        memory[_KEY] = (buffer, Lk)
+    return buffer[:, :, :Lk]
+
+
+def search_queries(q: Tensor, Lk: int, rotary: Rotary, chunk: int, window: int) -> Tensor:
+    """Queries at the position from which `search_keys` are scored.
+
+    With all keys at 0 that is `window + 1`, the distance at which candidates begin; with keys at
+    the index of their chunk it is as far behind the last of them, and never behind the query.
+    """
+    position = torch.arange(Lk - q.shape[2], Lk, device=q.device)
+    if chunk:
+        new = torch.minimum(position, position // chunk + window)
+    else:
+        new = torch.full_like(position, window + 1)
+    return _rotated(q, position, new, rotary)
+
+
+def _rotated(x: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
+    return rotate_to(x, old, new, rotary.inv_freq, interleaved=rotary.interleaved)
+
+
+def streamed(
+    index: BlockIndex, block: int, front: int, recent: tuple[int, int], r: Rotary
+) -> Moved:
+    """The list of one block of queries, its found tiles moved up to the window.
+
+    Args:
+        index: one list for all heads: tiles before the window, then those of the window.
+        block: block of the index.
+        front: most tiles before the window.
+        recent: first key of the window's first tile, and the number of keys that the block sees.
+        r: how the model rotates.
+
+    Returns:
+        Moved list that ends at the block's last query.
+    """
+    width, (start, end) = index.block_k, recent
+    counts = index.kv_num_blocks[:, 0, block] - ((end - 1) // width - start // width + 1)  # [B]
+    first = (front - counts) * width
+    entry = torch.arange(front * width, device=counts.device) - first[:, None]  # [B, front * width]
+    tiles = index.kv_starts[:, 0, block, :front].long()
+    found = tiles.gather(1, (entry // width).clamp(min=0)) + entry % width
+    own = torch.arange(start, end, device=counts.device).expand(len(counts), -1)
+    keys = torch.cat([found, own], dim=1)[:, None].to(torch.int32)
+    length = keys.shape[2]
+    positions = torch.arange(end - length, end, dtype=torch.int32, device=counts.device)
+    return Moved(keys, positions.expand(len(counts), 1, length), first.to(torch.int32), r)
