@@ -2,10 +2,10 @@
 // of queries. Free of torch.
 //
 // With end = block * (m + 1), a distance d < end asks for the window of `block` keys that ends at
-// max(end - d, block). `reach` is the end of the last range; the next window that reaches past it is
-// that of the largest d below end - reach, and it adds one tile: at its own start where that lies
-// past `reach` (a new range), else at `reach` (the range grows by a block). So each step emits a
-// tile, and reach never falls.
+// max(end - d, block). `reach` is the end of the last range; the next window that reaches past it
+// is that of the largest d below end - reach, and it adds one tile: at its own start where that
+// lies past `reach` (a new range), else at `reach` (the range grows by a block). So each step emits
+// a tile, and reach never falls.
 #pragma once
 
 #include <cstdint>

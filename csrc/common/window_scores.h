@@ -21,12 +21,12 @@ struct WindowScores {
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
   int64_t kv_heads = 0;
-  int64_t group = 0;     // query heads per KV head
-  int64_t window = 0;    // n
-  int64_t kv_len = 0;    // N
+  int64_t group = 0;   // query heads per KV head
+  int64_t window = 0;  // n
+  int64_t kv_len = 0;  // N
   int64_t head_dim = 0;
-  int64_t stride = 0;    // lanes of a head: n, rounded up to whole panels of the kernels
-  TensorView q, k;       // q [B, Hq, n, D], k [B, Hkv, N, D]
+  int64_t stride = 0;  // lanes of a head: n, rounded up to whole panels of the kernels
+  TensorView q, k;     // q [B, Hq, n, D], k [B, Hkv, N, D]
   float scale = 1.0f;
   float softcap = 0.0f;  // 0: off
 

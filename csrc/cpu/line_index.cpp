@@ -14,8 +14,8 @@ void check_mask(const Tensor& t, const char* name, const Tensor& like) {
   LC_CHECK(t.is_cpu(), name, "a CPU tensor", "another device");
   LC_CHECK(t.scalar_type() == ScalarType::Bool, name, "dtype bool", "another");
   LC_CHECK(t.dim() == 3, name, "3 dimensions [B, H, N]", shape_text(t));
-  LC_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2), name,
-           concat("shape ", shape_text(like)), shape_text(t));
+  LC_CHECK(t.size(0) == like.size(0) && t.size(1) == like.size(1) && t.size(2) == like.size(2),
+           name, concat("shape ", shape_text(like)), shape_text(t));
 }
 
 Lists line_index(const Tensor& vertical, const Tensor& slash, int64_t q_len, int64_t block,
@@ -79,8 +79,8 @@ Lists line_index(const Tensor& vertical, const Tensor& slash, int64_t q_len, int
     bool dense = false;
     if (dense_from.has_value()) {
       const int32_t* from = static_cast<const int32_t*>(dense_from->const_data_ptr());
-      dense = block * (first + n + 1) > from[head / heads * dense_from->stride(0) +
-                                             head % heads * dense_from->stride(1)];
+      dense = block * (first + n + 1) >
+              from[head / heads * dense_from->stride(0) + head % heads * dense_from->stride(1)];
     }
     BlockLists out{all_starts + i * tiles, tiles, all_columns + i * columns, columns, 0, 0};
     list_block(lines, first + n, block, dense, out);

@@ -40,8 +40,8 @@ void merge_parts(const WindowScores& w, int64_t head, int64_t g) {
     const float* part = w.parts + ((head * w.chunks() + c) * w.group + g) * width;
     const int64_t base = w.first_distance(c);
     // Entries past the rows of the window are zero, those of negative distance weigh nothing.
-    const int64_t stop = std::min(w.chunk_end(c) - c * WindowScores::kChunk + w.window - 1,
-                                  w.kv_len - base);
+    const int64_t stop =
+        std::min(w.chunk_end(c) - c * WindowScores::kChunk + w.window - 1, w.kv_len - base);
     for (int64_t i = std::max<int64_t>(0, -base); i < stop; ++i) slash[base + i] += part[i];
   }
 }
@@ -74,9 +74,10 @@ Outputs last_window_scores(const Tensor& q, const Tensor& k, double scale, doubl
   w.stride = (p.q_len + panel - 1) / panel * panel;
 
   const int64_t heads = w.batch * w.kv_heads;
-  const auto floats = [&](int64_t n) { return torch::stable::new_empty(q, {n}, ScalarType::Float); };
-  Tensor vertical =
-      torch::stable::new_empty(q, {p.batch, p.q_heads, p.kv_len}, ScalarType::Float);
+  const auto floats = [&](int64_t n) {
+    return torch::stable::new_empty(q, {n}, ScalarType::Float);
+  };
+  Tensor vertical = torch::stable::new_empty(q, {p.batch, p.q_heads, p.kv_len}, ScalarType::Float);
   Tensor slash = torch::stable::new_empty(q, {p.batch, p.q_heads, p.kv_len}, ScalarType::Float);
   Tensor queries = floats(heads * w.lanes() * w.head_dim);
   Tensor statistics = floats(2 * heads * w.chunks() * w.lanes());

@@ -1,8 +1,8 @@
 // Kernels of WindowScores, with lanes over queries: s[key, lane] = sum_d k[key, d] q[d, lane].
 //
-// A first pass over the keys finds the maximum and the sum of each lane and chunk, a second one adds
-// the weights up. A panel of lanes belongs to one query head: lane r of a head is query r, lanes
-// from n on have zero queries and weigh nothing.
+// A first pass over the keys finds the maximum and the sum of each lane and chunk, a second one
+// adds the weights up. A panel of lanes belongs to one query head: lane r of a head is query r,
+// lanes from n on have zero queries and weigh nothing.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +49,8 @@ void window_dot_tail(int64_t m, const float* k, const float* q, int64_t head_dim
   }
 }
 
-// queries of one KV head: [panel, d, lane], scaled to logits in log2 units (or in units of the cap).
+// queries of one KV head: [panel, d, lane], scaled to logits in log2 units (or in units of the
+// cap).
 template <typename T>
 void window_pack_as(const WindowScores& w, int64_t b, int64_t h) {
   float* out = w.queries + (b * w.kv_heads + h) * w.lanes() * w.head_dim;
