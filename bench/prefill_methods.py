@@ -39,15 +39,22 @@ def main(
     rounds: Annotated[int, typer.Option(help="Rounds per length.")] = 3,
     flex: Annotated[bool, typer.Option(help="Time FlexAttention too (it compiles first).")] = True,
     dense: Annotated[bool, typer.Option(help="Time the dense baselines too.")] = True,
+    cpu_time: Annotated[
+        bool, typer.Option(help="One thread, CPU time: for machines with other work.")
+    ] = False,
     out: Annotated[Path, typer.Option(help="Folder of the JSONL file.")] = Path("bench/results"),
 ) -> None:
     """Checks each method's output, times it, prints a line and appends a JSONL row."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"prefill-methods-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+    if cpu_time:
+        torch.set_num_threads(1)
     where = environment()
     with path.open("a") as file:
         for N in parse.lengths(lengths):
-            for row in run_length(N, dtype, [parse.method(m) for m in method], rounds, flex, dense):
+            chosen = [parse.method(m) for m in method]
+            for row in run_length(N, dtype, chosen, rounds, flex, dense, cpu_time):
+                row["cpu_time"] = cpu_time
                 file.write(json.dumps({"suite": "prefill-methods", **row, **where}) + "\n")
                 file.flush()
     console.print(f"wrote {path}")
@@ -55,7 +62,13 @@ def main(
 
 @torch.inference_mode()
 def run_length(
-    N: int, dtype: str, methods: list[Method], rounds: int, flex: bool, dense: bool
+    N: int,
+    dtype: str,
+    methods: list[Method],
+    rounds: int,
+    flex: bool,
+    dense: bool,
+    cpu_time: bool,
 ) -> list[dict[str, Any]]:
     """Rows of one length: select, attend and the whole of each method, and the baselines."""
     q, k = (x.to(getattr(torch, dtype)) for x in structured(N))
@@ -67,12 +80,14 @@ def run_length(
     if dense:
         calls["sdpa"] = lambda: sdpa(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
         calls["ours-dense"] = lambda: lowcontext.attention(q, k, v, scale=1.0)
-        check(f"dense {N}", calls["ours-dense"](), [(0, N, None)], q, k, v)
+        if not passes(f"dense {N}", calls["ours-dense"](), [(0, N, None)], q, k, v):
+            del calls["ours-dense"]
     for m in methods:
         parts: Parts = list(m.parts(q, k, layer))
         name = str(m)
         density[name] = mean_density(parts, N)
-        check(f"{name} {N}", attend(parts, q, k, v), parts, q, k, v)
+        if not passes(f"{name} {N}", attend(parts, q, k, v), parts, q, k, v):
+            continue
         calls[f"{name} select"] = lambda m=m: list(m.parts(q, k, layer))
         calls[f"{name} attend"] = lambda parts=parts: attend(parts, q, k, v)
         calls[f"{name} total"] = lambda m=m: attend(list(m.parts(q, k, layer)), q, k, v)
@@ -80,7 +95,13 @@ def run_length(
             index = aligned(parts, N)
             density[f"{name} flex"] = index.density(N, N)
             calls[f"{name} flex"] = flex_call(q, k, v, index, G)
-    times = interleave(calls, rounds=rounds, budget_s=600.0)
+    if cpu_time:
+        times = cpu_times(calls, rounds)
+    else:
+        times = {
+            name: (t.p20, t.p50, t.p80)
+            for name, t in interleave(calls, rounds=rounds, budget_s=600.0).items()
+        }
     rows = []
     for name, t in times.items():
         label, _, kind = name.rpartition(" ")
@@ -88,23 +109,25 @@ def run_length(
             "N": N,
             "dtype": dtype,
             "candidate": name,
-            "p20_ms": t.p20,
-            "p50_ms": t.p50,
-            "p80_ms": t.p80,
+            "p20_ms": t[0],
+            "p50_ms": t[1],
+            "p80_ms": t[2],
         }
         share = density.get(name if kind == "flex" else label)
         if share is not None:
             row["density"] = share
         if dense:
-            row["speedup_over_sdpa"] = times["sdpa"].p50 / t.p50
-            row["speedup_over_ours_dense"] = times["ours-dense"].p50 / t.p50
+            row["speedup_over_sdpa"] = times["sdpa"][1] / t[1]
+        if "ours-dense" in times:
+            row["speedup_over_ours_dense"] = times["ours-dense"][1] / t[1]
         if kind == "select":
-            row["share_of_total"] = t.p50 / times[f"{label} total"].p50
+            row["share_of_total"] = t[1] / times[f"{label} total"][1]
         rows.append(row)
-        text = f"{N:6d} {name:32s} {t.p50:10.1f} ms"
+        text = f"{N:6d} {name:32s} {t[1]:10.1f} ms"
         text += f"  density {share:.3f}" if share is not None else ""
         if dense:
             text += f"  x{row['speedup_over_sdpa']:.2f} sdpa"
+        if "ours-dense" in times:
             text += f"  x{row['speedup_over_ours_dense']:.2f} dense"
         if kind == "select":
             text += f"  {row['share_of_total']:.1%} of the total"
@@ -112,6 +135,23 @@ def run_length(
             text += f"  {row['speedup_over_sdpa'] * share:.2f} of 1 / density over sdpa"
         console.print(text, soft_wrap=True, highlight=False)
     return rows
+
+
+def cpu_times(calls: dict[str, Any], rounds: int) -> dict[str, tuple[float, float, float]]:
+    """20th, 50th and 80th percentile of each call's CPU time in ms, called in turn."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for done in range(rounds + 1):
+        for name, call in calls.items():
+            start = time.process_time()
+            call()
+            if done:
+                times[name].append((time.process_time() - start) * 1e3)
+    shares = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    found = {}
+    for name, each in times.items():
+        low, middle, high = torch.tensor(each, dtype=torch.float64).quantile(shares).tolist()
+        found[name] = low, middle, high
+    return found
 
 
 def attend(parts: Parts, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -135,13 +175,14 @@ def mean_density(parts: Parts, N: int) -> float:
     return pairs / (N * (N + 1) / 2)
 
 
-def check(name: str, out: Tensor, parts: Parts, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises RuntimeError unless rows of `out` match fp64 attention over the keys listed for them.
+def passes(name: str, out: Tensor, parts: Parts, q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether rows of `out` are as near to fp64 attention over the keys listed for them as plain
+    fp32 attention is, within a factor of 2 and 1e-5; says so where not: it is then not timed.
 
     One block of queries in sixteen is checked, for every head.
     """
     G = q.shape[1] // k.shape[1]
-    worst = 0.0
+    worst = plain_worst = 0.0
     for row, end, index in parts:
         block = 64 if index is None else index.block_q
         for at in range(row, end, 16 * block):
@@ -154,13 +195,24 @@ def check(name: str, out: Tensor, parts: Parts, q: Tensor, k: Tensor, v: Tensor)
                 listed = index.key_mask(stop, slice(n, n + 1))[0]
                 mask = (listed & visible).expand(q.shape[1], -1, -1)
             for h in range(q.shape[1]):
-                logits = q[0, h, at:stop].double() @ k[0, h // G, :stop].double().T
-                p = logits.masked_fill(~mask[h], -torch.inf).softmax(-1)
-                exact = p @ v[0, h // G, :stop].double()
+                args = q[0, h, at:stop], k[0, h // G, :stop], v[0, h // G, :stop], mask[h]
+                exact = plain_attention(*args, torch.float64)
+                plain = plain_attention(*args, torch.float32).to(q.dtype)
                 worst = max(worst, float((out[0, h, at:stop].double() - exact).abs().max()))
-    limit = 2e-5 if q.dtype == torch.float32 else 4e-2
-    if not worst <= limit:
-        raise RuntimeError(f"{name}: error {worst:.2e} against fp64; not timed")
+                plain_worst = max(plain_worst, float((plain.double() - exact).abs().max()))
+    if worst <= 2 * plain_worst + 1e-5:
+        return True
+    console.print(
+        f"{name}: error {worst:.2e} against fp64, plain fp32 has {plain_worst:.2e}; not timed",
+        highlight=False,
+    )
+    return False
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention of one head over a mask, computed in `dtype`."""
+    logits = q.to(dtype) @ k.to(dtype).T
+    return logits.masked_fill(~mask, -torch.inf).softmax(-1) @ v.to(dtype)
 
 
 def aligned(parts: Parts, N: int, block: int = 128) -> BlockIndex:
