@@ -3,11 +3,15 @@
 python -m bench.token_selection mass CHECKPOINT     attention mass against budget, by rule of choice
 python -m bench.token_selection decode              time per step on 128K keys, against SDPA
 python -m bench.token_selection memory              peak memory of a 64K prompt, whole and in chunks
+python -m bench.token_selection tokens              share of greedy tokens equal to dense
 """
 
 from __future__ import annotations
 
 import json
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -295,6 +299,93 @@ def _stepper(
         return lowcontext.sparse_attention(queries[turn], k, v, index)  # type: ignore[return-value]
 
     return step
+
+
+def _random_model(layers: int, **changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "num_hidden_layers": layers}
+    config = LlamaConfig(**{**sizes, **heads, "max_position_embeddings": 131072, **changes})
+    model = LlamaForCausalLM(config).eval()
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@app.command()
+@torch.inference_mode()
+def prompt(
+    length: Annotated[int, typer.Option(help="Tokens.")] = 65536,
+    chunk: Annotated[int, typer.Option(help="Tokens of a piece; 0: the whole prompt.")] = 0,
+) -> None:
+    """Runs one prompt through a random two-layer model and prints its memory; see `memory`."""
+    model = lowcontext.patch_model(_random_model(2), "tokenselect")
+    ids = torch.randint(0, 1024, (1, length), generator=torch.Generator().manual_seed(0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    start = time.perf_counter()
+    model.generate(ids, max_new_tokens=1, do_sample=False, prefill_chunk_size=chunk or None)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    config = model.config
+    size = 2 * config.num_key_value_heads * length * config.head_dim * 4 * config.num_hidden_layers
+    row = {"length": length, "chunk": chunk, "peak_mib": peak - before, "seconds": seconds}
+    console.print(json.dumps({**row, "kv_cache_mib": size / 2**20}), soft_wrap=True)
+
+
+@app.command()
+def memory(
+    length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 65536, out: Out = RESULTS
+) -> None:
+    """Peak memory above the loaded model of a prompt at once and in pieces, each in a process."""
+    rows = []
+    table = Table("prompt in pieces of", "peak MiB", "of it KV cache", "seconds", box=MARKDOWN)
+    for chunk in (0, 8192, 2048, 512):
+        command = [sys.executable, "-m", "bench.token_selection", "prompt"]
+        command += ["--length", str(length), "--chunk", str(chunk)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        row = json.loads(done.stdout.strip().splitlines()[-1])
+        rows.append(row)
+        figures = (f"{row[x]:.0f}" for x in ("peak_mib", "kv_cache_mib", "seconds"))
+        table.add_row(str(chunk or "the whole"), *figures)
+    console.print(table)
+    _write(out, "memory", rows)
+
+
+@app.command()
+@torch.inference_mode()
+def tokens(
+    length: Annotated[int, typer.Option(help="Tokens of the prompt.")] = 2048,
+    new: Annotated[int, typer.Option(help="Tokens to generate.")] = 256,
+    out: Out = RESULTS,
+) -> None:
+    """Greedy tokens of a random four-layer model that equal those of dense attention.
+
+    Equal until the first that differs, and equal one by one when each step is given the dense run's
+    tokens: after a first difference a free run is another text.
+    """
+    model = _random_model(4)
+    ids = torch.randint(0, 1024, (1, length), generator=torch.Generator().manual_seed(0))
+    dense = model.generate(ids, max_new_tokens=new, do_sample=False)
+    table = Table("method", "equal until", "equal given the dense text", box=MARKDOWN)
+    rows = []
+    for options in ({"k": length + new}, {"k": 1024}, {"k": 512}, {"k": 128, "local": 128}):
+        for positions in ("original", "compact"):
+            method = TokenSelect(positions=positions, **options)
+            with lowcontext.patched(model, method):
+                free = model.generate(ids, max_new_tokens=new, do_sample=False)
+                cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+                forced = []
+                for token in dense[0, length:-1]:
+                    step = model(token.view(1, 1), past_key_values=cache)
+                    forced.append(int(step.logits[0, -1].argmax()))
+            equal = (free == dense)[0, length:]
+            until = int(equal.long().cumprod(0).sum())
+            share = sum(a == int(b) for a, b in zip(forced, dense[0, length + 1 :], strict=True))
+            rows.append({"method": str(method), "until": until, "share": share / len(forced)})
+            table.add_row(str(method), f"{until} of {new}", f"{share / len(forced):.3f}")
+    console.print(table)
+    _write(out, "tokens", rows)
 
 
 def _write(out: Path, name: str, rows: list[dict[str, Any]]) -> None:
