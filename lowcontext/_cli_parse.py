@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -137,16 +138,16 @@ def generate(
     tpot = f", {(times[-1] - times[1]) / steps * 1e3:.1f} ms per token after it" if steps else ""
     summary = (
         f"{chosen}: {length} prompt tokens, first token after {times[1] - times[0]:.2f} s{tpot}; "
-        f"density {_share(density.prefill)} in prefill"
+        f"density {share(density.prefill)} in prefill"
     )
     if steps:
-        summary += f", {_share(density.decode)} in decode"
+        summary += f", {share(density.decode)} in decode"
     return Generated(tokenizer.decode(out[0, length:], skip_special_tokens=True), summary)
 
 
-def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path) -> Iterator[Any]:
-    """Needle rows of one method, the model patched while they run."""
-    from lowcontext.eval import run_needle
+@contextmanager
+def counted(model: Any, chosen: Method) -> Iterator[Callable[[], dict[str, float]]]:
+    """The model patched, and a function that gives the densities since it was last called."""
     from lowcontext.integrations import measure_density, patched
 
     with patched(model, chosen), measure_density(model) as density:
@@ -156,6 +157,14 @@ def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path
             density.reset()
             return {name: value for name, value in values.items() if value == value}
 
+        yield stats
+
+
+def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path) -> Iterator[Any]:
+    """Needle rows of one method, the model patched while they run."""
+    from lowcontext.eval import run_needle
+
+    with counted(model, chosen) as stats:
         yield from run_needle(model, tokenizer, grid, method=str(chosen), out=out, stats=stats)
 
 
@@ -173,10 +182,10 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
     decode: dict[tuple[str, int | None], list[float]] = {}
     cells: dict[tuple[str, float], list[bool]] = {}
     for row in rows:
-        share = row.stats.get("density_decode")
-        decode.setdefault((row.method, row.length), []).extend([] if share is None else [share])
+        value = row.stats.get("density_decode")
+        decode.setdefault((row.method, row.length), []).extend([] if value is None else [value])
         cells.setdefault((row.method, row.depth), []).append(row.correct)
-    short = _short_names(list(dict.fromkeys(row.method for row in rows)))
+    short = short_names(list(dict.fromkeys(row.method for row in rows)))
     for line in summarize(rows):
         values = decode[line.method, line.length]
         by_length.add_row(
@@ -184,8 +193,8 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
             str(line.length),
             f"{line.accuracy:.0%}",
             f"{100 * line.low:.0f}-{100 * line.high:.0f}",
-            _share(line.density),
-            _share(sum(values) / len(values)) if values else "",
+            share(line.density),
+            share(sum(values) / len(values)) if values else "",
             f"{line.ttft_s:.2f}",
             "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
         )
@@ -202,7 +211,7 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
     return [by_length, by_depth]
 
 
-def _short_names(labels: list[str]) -> dict[str, str]:
+def short_names(labels: list[str]) -> dict[str, str]:
     """Labels without their settings, where that still tells them apart."""
     names = [label.partition("(")[0] for label in labels]
     unique = {name for name in names if names.count(name) == 1}
@@ -210,7 +219,8 @@ def _short_names(labels: list[str]) -> dict[str, str]:
     return {label: name if name in unique else label for label, name in pairs}
 
 
-def _share(value: float | None) -> str:
+def share(value: float | None) -> str:
+    """A share in percent, nothing where there is none."""
     return "" if value is None or value != value else f"{value:.1%}"
 
 

@@ -1,26 +1,26 @@
-"""The command line: info, methods, generate, needle, checkpoint, calibrate, inspect, bench."""
+"""The command line; the commands of the evaluation beside `needle` are in `_cli_eval`."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from lowcontext import _cli_parse as parse
+from lowcontext._cli_console import (
+    ChunkOpt,
+    DeviceOpt,
+    DtypeOpt,
+    ModelArg,
+    console,
+    errors,
+    sample_progress,
+)
+from lowcontext._cli_eval import ruler
 
 app = typer.Typer(
     help="Long-context sparse attention for Hugging Face models.",
@@ -29,22 +29,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-
-ModelArg = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")]
-DtypeOpt = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
-ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Turns expected failures into one red line and exit code 1."""
-    try:
-        yield
-    except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(1) from error
+app.command()(ruler)
 
 
 @app.command()
@@ -107,7 +92,7 @@ def checkpoint(
     """
     from lowcontext.eval import write_retrieval_checkpoint
 
-    with _errors():
+    with errors():
         console.print(f"wrote {write_retrieval_checkpoint(folder, seed=seed)}")
 
 
@@ -137,7 +122,7 @@ def generate(
     """
     from lowcontext.methods import combine
 
-    with _errors():
+    with errors():
         text = parse.prompt_text(prompt, prompt_file)
         if prefill or decode:
             if method != "dense":
@@ -191,7 +176,7 @@ def needle(
     """
     from lowcontext import eval as evaluation
 
-    with _errors():
+    with errors():
         chosen = [parse.method(s) for s in [*filter(None, methods.split(",")), *(method or [])]]
         if not chosen:
             chosen = [parse.method("dense")]
@@ -206,10 +191,8 @@ def needle(
             chunk=chunk,
         )
         lm, tokenizer = parse.load_model(model, dtype, device)
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        times = (TimeElapsedColumn(), TimeRemainingColumn())
         rows: list[Any] = []
-        with Progress(*columns, *times, console=console) as bars:
+        with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=len(grid.cells()))
                 for row in parse.needle_rows(lm, tokenizer, grid, one, out / "needle.jsonl"):
@@ -249,7 +232,7 @@ def calibrate(
     """
     from lowcontext.methods._patterns import write_patterns
 
-    with _errors():
+    with errors():
         run = parse.calibration(out, published, blocks)
         lm, tokenizer = parse.load_model(model, dtype, device)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -289,7 +272,7 @@ def inspect(
     from lowcontext.integrations import inspection
     from lowcontext.methods._patterns import read_patterns
 
-    with _errors():
+    with errors():
         if model.endswith(".json"):
             picture = inspection.plot_patterns(read_patterns(model), out)
         else:
@@ -320,7 +303,7 @@ def bench(context: typer.Context) -> None:
 
     root = Path(__file__).parent.parent
     if not (root / "bench" / "run.py").exists():
-        with _errors():
+        with errors():
             raise RuntimeError("bench: expected a source checkout; clone the repository to run it")
     command = [sys.executable, "-m", "bench.run", *(context.args or ["--help"])]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)

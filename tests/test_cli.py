@@ -37,7 +37,7 @@ def test_methods_lists_every_method_with_its_hyper_parameters() -> None:
     assert "budget=2048" in result.output
 
 
-COMMANDS = ["info", "methods", "checkpoint", "generate", "needle", "calibrate", "inspect"]
+COMMANDS = ["info", "methods", "checkpoint", "generate", "needle", "ruler", "calibrate", "inspect"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -138,3 +138,20 @@ def test_calibrate_writes_patterns_that_generate_and_inspect_read(
     result = runner.invoke(app, ["inspect", str(checkpoint)])
     assert result.exit_code == 1
     assert "--prompt: expected a text file" in result.output
+
+
+def test_ruler_compares_methods_with_dense_and_continues(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["ruler", str(checkpoint), "--lengths", "1k", "--samples", "2", "--out", str(tmp_path)]
+    args += ["--tasks", "niah_single_1,fwe", "-m", "dense", "-m", "streaming_llm:window=128"]
+    result = runner.invoke(app, args)
+    assert result.exit_code == 0, result.output
+    for part in ("niah_single_1", "fwe", "all", "diff", "TTFT", "MiB"):
+        assert part in result.output
+    assert len((tmp_path / "ruler.jsonl").read_text().splitlines()) == 8
+    for name in ("scores", "density", "latency"):
+        assert (tmp_path / f"ruler-{name}.png").stat().st_size > 5000
+    assert runner.invoke(app, args).exit_code == 0
+    assert len((tmp_path / "ruler.jsonl").read_text().splitlines()) == 8
+    result = runner.invoke(app, ["ruler", str(checkpoint), "--tasks", "niah"])
+    assert result.exit_code == 1
+    assert "tasks: expected one of" in result.output.replace("\n", " ")

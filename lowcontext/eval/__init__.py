@@ -21,11 +21,12 @@ Example:
     'needle.png'
 """
 
+from lowcontext.eval.generation import TokenClock
 from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample
 from lowcontext.eval.plots import plot_needle
 from lowcontext.eval.records import NeedleRow, read_rows
 from lowcontext.eval.retrieval import write_retrieval_checkpoint
-from lowcontext.eval.run import NeedleGrid, TokenClock, run_needle
+from lowcontext.eval.run import NeedleGrid, run_needle
 from lowcontext.eval.scoring import contains_all, exact_match, wilson_interval
 from lowcontext.eval.summary import SummaryRow, summarize
 

@@ -6,15 +6,14 @@ Of the kind of Kamradt, "Needle In A Haystack", 2023 and the NIAH tasks of RULER
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from lowcontext.eval.haystack import haystack_words, insertion_point
+from lowcontext.eval.prompt import Rendered, Room, fill, tokenize
 from lowcontext.eval.words import ANSWER_PREFIX, NEEDLE, PREAMBLE, QUESTION, key_words
 
 TASKS = {"single": 1, "multikey": 4}  # name -> number of needles
-MAX_SHORTFALL = 0.01  # of the asked length
 
 
 @dataclass(frozen=True)
@@ -88,15 +87,15 @@ def make_sample(
         raise ValueError(f"depth: expected 0..100 (percent), got {depth}")
     rng = random.Random(f"{task.name}|{length}|{depth:g}|{seed}")
     needles = _draw_needles(TASKS[task.name], float(depth), rng)
-    budget = length - task.answer_room
     hay_seed = rng.getrandbits(64)
 
-    def render(count: int) -> tuple[str, list[int]]:
+    def render(count: int) -> Rendered:
         hay = haystack_words(task.haystack, count, random.Random(hay_seed))
-        prompt, special = _wrap(tokenizer, _body(hay, needles), needles[0].key)
-        return prompt, list(tokenizer(prompt, add_special_tokens=special)["input_ids"])
+        key = needles[0].key
+        text = f"{PREAMBLE} {_body(hay, needles)} {QUESTION.format(key=key)}"
+        return tokenize(tokenizer, text, ANSWER_PREFIX.format(key=key))
 
-    prompt, ids = _fill(render, budget, task, length)
+    _, prompt, ids = fill(render, Room(length, task.answer_room, task.name, task.haystack))
     return NeedleSample(prompt, ids, expected=needles[0].value, key=needles[0].key)
 
 
@@ -115,48 +114,3 @@ def _body(hay: list[str], needles: list[_Needle]) -> str:
     for point, text in sorted(points, reverse=True):
         parts.insert(point, text)
     return " ".join(parts)
-
-
-def _wrap(tokenizer: Any, body: str, key: str) -> tuple[str, bool]:
-    """Returns the whole prompt, and whether the tokenizer has yet to add its special tokens."""
-    text = f"{PREAMBLE} {body} {QUESTION.format(key=key)}"
-    prefix = ANSWER_PREFIX.format(key=key)
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": "user", "content": text}]
-        chat = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return f"{chat}{prefix}", False
-    return f"{text} {prefix}", True
-
-
-def _fill(
-    render: Callable[[int], tuple[str, list[int]]], budget: int, task: NeedleTask, length: int
-) -> tuple[str, list[int]]:
-    """Finds the largest haystack whose prompt fits the budget."""
-    prompt, ids = render(0)
-    frame = len(ids)
-    if frame > budget:
-        raise ValueError(
-            f"length: expected at least {frame + task.answer_room} tokens for task {task.name!r} "
-            f"with this tokenizer, got {length}"
-        )
-    fits, best = 0, (prompt, ids)
-    too_many = budget - frame + 1  # a word is at least one token
-    guess = too_many - 1
-    while too_many - fits > 1:
-        candidate = render(guess)
-        used = len(candidate[1])
-        if used > budget:
-            too_many = guess
-        else:
-            fits, best = guess, candidate
-        if used == budget:
-            break
-        per_word = max(1.0, (used - frame) / guess)
-        step = fits + int((budget - len(best[1])) / per_word)
-        guess = min(max(step, fits + 1), too_many - 1)
-    if len(best[1]) < budget - MAX_SHORTFALL * length:
-        raise ValueError(
-            f"length: expected a haystack of words under {MAX_SHORTFALL * length:.0f} tokens, "
-            f"got one longer in {task.haystack!r}; ask for a longer prompt or another text"
-        )
-    return best

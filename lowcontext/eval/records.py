@@ -1,15 +1,31 @@
-"""Rows of a needle run, and the JSONL file that holds them."""
+"""Rows of a run, and the JSONL file that holds them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 # Every field of a row that decides what the measurement is.
 RowKey = tuple[str | int | float | None, ...]
-_KEY = (
+
+
+class Row(Protocol):
+    """A frozen dataclass of JSON values with a key."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def key(self) -> RowKey:
+        """What names the row: two rows with one key are one measurement made twice."""
+
+
+RowT = TypeVar("RowT", bound=Row)
+CellT = TypeVar("CellT")
+
+_NEEDLE_KEY = (
     "model",
     "method",
     "task",
@@ -22,6 +38,7 @@ _KEY = (
     "chunk",
     "metric",
 )
+_RULER_KEY = ("model", "method", "task", "source", "length", "sample", "seed", "chunk")
 
 
 @dataclass(frozen=True)
@@ -75,11 +92,61 @@ class NeedleRow:
     @property
     def key(self) -> RowKey:
         """What names the row: two rows with one key are one measurement made twice."""
-        return tuple(getattr(self, name) for name in _KEY)
+        return tuple(getattr(self, name) for name in _NEEDLE_KEY)
+
+
+@dataclass(frozen=True)
+class RulerRow:
+    """One prompt of the RULER suite, what the model made of it, and what that cost.
+
+    Attributes:
+        model: Name or folder that the model was loaded from.
+        method: The caller's label for the model as it ran.
+        task: Name of the task.
+        source: Where the text around the task comes from: a haystack, or a file of questions.
+        length: Asked length in tokens, answer room included.
+        sample: Number of the sample.
+        seed: Seed the sample was made with.
+        chunk: Tokens of a prefill chunk; None for one pass.
+        prompt_tokens: Tokens of the prompt.
+        answers: The references.
+        output: The model's answer.
+        score: The task's metric, 0..1.
+        ttft_s: Time to first token, in seconds: the prefill and one choice of token.
+        tpot_s: Mean time per output token after the first, in seconds; None with one token.
+        new_tokens: Tokens generated, an end-of-sequence token included.
+        peak_mib: Peak memory: PyTorch's on a GPU, the process's on a CPU; None if not measured.
+        density: Share of the causal pairs that was computed, if the caller told.
+        stats: Whatever else the caller's ``stats`` returned.
+    """
+
+    model: str
+    method: str
+    task: str
+    source: str
+    length: int
+    sample: int
+    seed: int
+    chunk: int | None
+    prompt_tokens: int
+    answers: list[str]
+    output: str
+    score: float
+    ttft_s: float
+    tpot_s: float | None
+    new_tokens: int
+    peak_mib: float | None
+    density: float | None
+    stats: dict[str, float]
+
+    @property
+    def key(self) -> RowKey:
+        """What names the row: two rows with one key are one measurement made twice."""
+        return tuple(getattr(self, name) for name in _RULER_KEY)
 
 
 def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
-    """Reads the rows of one or several JSONL files.
+    """Reads the needle rows of one or several JSONL files.
 
     Args:
         paths: A file, or several.
@@ -91,14 +158,21 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
         ValueError: If another line is not a row.
     """
     many = [paths] if isinstance(paths, str | Path) else list(paths)
-    return [row for path in many for row in _parse(Path(path))[0]]
+    return [row for path in many for row in _parse(Path(path), NeedleRow)[0]]
 
 
-class RowFile:
+def read_ruler_rows(paths: str | Path | Iterable[str | Path]) -> list[RulerRow]:
+    """Reads the rows of one or several JSONL files of the RULER suite, as ``read_rows`` does."""
+    many = [paths] if isinstance(paths, str | Path) else list(paths)
+    return [row for path in many for row in _parse(Path(path), RulerRow)[0]]
+
+
+class RowFile(Generic[RowT]):
     """A JSONL file that grows row by row; closed after each, so a killed run loses none.
 
     Args:
         path: The file; made, with its folders, if missing. An unfinished last line is cut off.
+        kind: The class of its rows.
 
     Attributes:
         rows: The rows it held when it was opened, by key.
@@ -107,41 +181,70 @@ class RowFile:
         ValueError: If the file cannot be written, or holds anything but rows.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, kind: type[RowT]) -> None:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                rows, end = _parse(self.path)
+                rows, end = _parse(self.path, kind)
                 file.truncate(end)
         except OSError as error:
             raise ValueError(
                 f"out: expected a writable file, got {str(path)!r} ({error})"
             ) from error
-        self.rows: dict[RowKey, NeedleRow] = {row.key: row for row in rows}
+        self.rows: dict[RowKey, RowT] = {row.key: row for row in rows}
 
-    def append(self, row: NeedleRow) -> None:
-        """Adds one row."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row), ensure_ascii=False) + "\n")
+    def append(self, row: RowT) -> None:
+        """Adds one row.
+
+        Raises:
+            OSError: If it does not fit on the disk. The rows before it are safe.
+        """
+        line = json.dumps(asdict(row), ensure_ascii=False) + "\n"
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(line)
+        except OSError as error:
+            raise OSError(
+                f"out: could not append to {str(self.path)!r} ({error}); the rows before are kept: "
+                "make room and run the same command again"
+            ) from error
 
 
-def _parse(path: Path) -> tuple[list[NeedleRow], int]:
+def recorded(
+    cells: Iterable[CellT],
+    key: Callable[[CellT], RowKey],
+    run: Callable[[CellT], RowT],
+    book: RowFile[RowT] | None,
+) -> Iterator[RowT]:
+    """Yields the row of every cell; runs it, and writes it down, where the file lacks it."""
+    known = book.rows if book else {}
+    for cell in cells:
+        row = known.get(key(cell))
+        if row is None:
+            row = run(cell)
+            if book:
+                book.append(row)
+        yield row
+
+
+def _parse(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
     """Returns the finished rows and the length in bytes of what they take."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
+    name = "needle" if kind is NeedleRow else "ruler"
     rows = []
     for number, line in enumerate(data[:end].splitlines(), start=1):
         try:
-            rows.append(_row(json.loads(line)))
+            rows.append(_row(json.loads(line), kind))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: expected a needle row in line {number} ({error})") from error
+            raise ValueError(f"{path}: expected a {name} row in line {number} ({error})") from error
     return rows, end
 
 
-def _row(content: object) -> NeedleRow:
-    names = {field.name for field in fields(NeedleRow)}
+def _row(content: object, kind: type[RowT]) -> RowT:
+    names = {field.name for field in fields(kind)}
     if not isinstance(content, dict) or set(content) != names:
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected the fields {sorted(names)}, got {found}")
-    return NeedleRow(**content)
+    return kind(**content)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from lowcontext.eval.generation import Answerer, Stats, check_model
 from lowcontext.eval.haystack import HAYSTACKS
 from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample
-from lowcontext.eval.records import NeedleRow, RowFile
+from lowcontext.eval.records import NeedleRow, RowFile, RowKey, recorded
 from lowcontext.eval.scoring import contains_all, exact_match
 
 METRICS = ("contains", "exact")
-WARMUP_TOKENS = 256
 
-Stats = Callable[[], Mapping[str, float]]
 Progress = Callable[[int, int, NeedleRow], None]
+Cell = tuple[int, float, int]  # length, depth, sample
 
 
 @dataclass(frozen=True)
@@ -67,7 +63,7 @@ class NeedleGrid:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
         NeedleTask(self.task, self.haystack, self.answer_room)
 
-    def cells(self) -> list[tuple[int, float, int]]:
+    def cells(self) -> list[Cell]:
         """Returns every (length, depth, sample) in the order they run."""
         return [
             (int(length), float(depth), sample)
@@ -111,38 +107,21 @@ def run_needle(
         ValueError: If a length exceeds the model's positions, if the tokenizer has no
             end-of-sequence token, or if ``out`` cannot be written.
     """
-    _check(model, tokenizer, grid)
-    book = RowFile(out) if out is not None else None
-    return _rows(_Runner(model, tokenizer, grid, method, stats), book, progress)
+    check_model(model, tokenizer, max(grid.lengths))
+    runner = _Runner(model, tokenizer, grid, method, stats)
+    book = RowFile(out, NeedleRow) if out is not None else None
+    return _report(
+        recorded(grid.cells(), runner.key, runner.run, book), len(grid.cells()), progress
+    )
 
 
-def _rows(runner: _Runner, book: RowFile | None, progress: Progress | None) -> Iterator[NeedleRow]:
-    cells = runner.grid.cells()
-    known = book.rows if book else {}
-    for done, cell in enumerate(cells, start=1):
-        row = known.get(runner.key(*cell))
-        if row is None:
-            row = runner.run(*cell)
-            if book:
-                book.append(row)
+def _report(
+    rows: Iterator[NeedleRow], total: int, progress: Progress | None
+) -> Iterator[NeedleRow]:
+    for done, row in enumerate(rows, start=1):
         if progress:
-            progress(done, len(cells), row)
+            progress(done, total, row)
         yield row
-
-
-class TokenClock:
-    """A logits processor that changes nothing and notes when each token's logits are there.
-
-    A streamer would not do: transformers may hand tokens to it one step late.
-    """
-
-    def __init__(self) -> None:
-        self.times = [time.perf_counter()]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[0, 0].item()  # waits for the device
-        self.times.append(time.perf_counter())
-        return scores
 
 
 class _Runner:
@@ -151,30 +130,24 @@ class _Runner:
     def __init__(
         self, model: Any, tokenizer: Any, grid: NeedleGrid, method: str, stats: Stats | None
     ) -> None:
-        self.model, self.tokenizer, self.grid = model, tokenizer, grid
-        self.method, self.stats = method, stats
+        self.tokenizer, self.grid, self.method = tokenizer, grid, method
         self.name = str(getattr(model, "name_or_path", ""))
-        self.warm = False
+        self.answerer = Answerer(model, tokenizer, grid.chunk, stats)
 
-    def key(self, length: int, depth: float, sample: int) -> tuple[Any, ...]:
+    def key(self, cell: Cell) -> RowKey:
+        length, depth, sample = cell
         grid = self.grid
         place = (length, depth, sample, grid.seed + sample)
         how = (grid.answer_room, grid.chunk, grid.metric)
         return (self.name, self.method, grid.task, grid.haystack, *place, *how)
 
-    def run(self, length: int, depth: float, sample: int) -> NeedleRow:
+    def run(self, cell: Cell) -> NeedleRow:
+        length, depth, sample = cell
         grid = self.grid
         seed = grid.seed + sample
         task = NeedleTask(grid.task, grid.haystack, grid.answer_room)
         prompt = make_sample(self.tokenizer, task, length=length, depth=depth, seed=seed)
-        if not self.warm:
-            self._generate(prompt.input_ids[:WARMUP_TOKENS], max_new_tokens=2)
-            self._read_stats()
-            self.warm = True
-        tokens, times = self._generate(prompt.input_ids, max_new_tokens=grid.answer_room)
-        stats = self._read_stats()
-        output = self.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-        steps = len(times) - 2
+        answer = self.answerer.answer(prompt.input_ids, grid.answer_room)
         return NeedleRow(
             model=self.name,
             method=self.method,
@@ -189,58 +162,16 @@ class _Runner:
             metric=grid.metric,
             prompt_tokens=len(prompt.input_ids),
             expected=prompt.expected,
-            output=output,
-            correct=self._correct(output, prompt),
-            ttft_s=times[1] - times[0],
-            tpot_s=(times[-1] - times[1]) / steps if steps else None,
-            new_tokens=len(tokens),
-            density=stats.pop("density", None),
-            stats=stats,
+            output=answer.text,
+            correct=self._correct(answer.text, prompt),
+            ttft_s=answer.ttft_s,
+            tpot_s=answer.tpot_s,
+            new_tokens=answer.new_tokens,
+            density=answer.stats.pop("density", None),
+            stats=answer.stats,
         )
 
     def _correct(self, output: str, prompt: NeedleSample) -> bool:
         if self.grid.metric == "exact":
             return exact_match(output, prompt.expected)
         return contains_all(output, [prompt.expected])
-
-    def _generate(self, ids: list[int], *, max_new_tokens: int) -> tuple[list[int], list[float]]:
-        """Returns the new tokens, and the times of the start and of each of them."""
-        input_ids = torch.tensor([ids], device=self.model.device)
-        eos = self.model.generation_config.eos_token_id
-        options: dict[str, Any] = {
-            "eos_token_id": self.tokenizer.eos_token_id if eos is None else eos
-        }
-        pad = self.tokenizer.pad_token_id
-        options["pad_token_id"] = self.tokenizer.eos_token_id if pad is None else pad
-        if self.grid.chunk is not None:
-            options["prefill_chunk_size"] = self.grid.chunk
-        clock = TokenClock()
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            use_cache=True,
-            logits_processor=[clock],
-            **options,
-        )
-        return output[0, len(ids) :].tolist(), clock.times
-
-    def _read_stats(self) -> dict[str, float]:
-        return dict(self.stats()) if self.stats else {}
-
-
-def _check(model: Any, tokenizer: Any, grid: NeedleGrid) -> None:
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    limit = getattr(config or model.config, "max_position_embeddings", None)
-    longest = max(grid.lengths)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"lengths: expected at most {limit} (the model's max_position_embeddings), "
-            f"got {longest}; drop it, or load the model with RoPE scaling that reaches it"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "tokenizer: expected one with an end-of-sequence token, got none; "
-            "set tokenizer.eos_token to the token that ends an answer"
-        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 
 PREAMBLE = (
     "Below lies a long text. A few hidden codes were placed inside it. Read everything with care, "
@@ -46,16 +47,27 @@ def plain_words() -> list[str]:
 
 def key_words() -> list[str]:
     """Returns the 256 made-up three-syllable words that name a needle."""
-    return _made_up(256, syllables=3, seed=11, avoid=set())
+    return list(_key_words())
+
+
+@cache
+def _key_words() -> tuple[str, ...]:
+    return tuple(made_up_words(256, syllables=3, seed=11, avoid=set()))
 
 
 def filler_words() -> list[str]:
     """Returns the 1500 made-up two-syllable words that haystacks are drawn from."""
+    return list(_filler_words())
+
+
+@cache
+def _filler_words() -> tuple[str, ...]:
     avoid = {*template_words(), *plain_words(), *key_words()}
-    return _made_up(1500, syllables=2, seed=12, avoid=avoid)
+    return tuple(made_up_words(1500, syllables=2, seed=12, avoid=avoid))
 
 
-def _made_up(count: int, *, syllables: int, seed: int, avoid: set[str]) -> list[str]:
+def made_up_words(count: int, *, syllables: int, seed: int, avoid: set[str]) -> list[str]:
+    """Returns distinct words that can be pronounced; the same arguments give the same words."""
     words: dict[str, None] = {}
     for word in _candidates(syllables, seed):
         if word not in avoid:

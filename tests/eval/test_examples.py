@@ -9,7 +9,13 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["lowcontext.eval", "lowcontext.eval.retrieval", "lowcontext.eval.scoring"]
+    "module",
+    [
+        "lowcontext.eval",
+        "lowcontext.eval.retrieval",
+        "lowcontext.eval.ruler",
+        "lowcontext.eval.scoring",
+    ],
 )
 def test_docstring_examples_are_true(module: str) -> None:
     result = doctest.testmod(import_module(module))

@@ -1,0 +1,133 @@
+"""The command `ruler`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE
+from rich.table import Column, Table
+
+from lowcontext import _cli_parse as parse
+from lowcontext._cli_console import (
+    ChunkOpt,
+    DeviceOpt,
+    DtypeOpt,
+    ModelArg,
+    console,
+    errors,
+    sample_progress,
+)
+from lowcontext.methods import Method
+
+
+def ruler(
+    model: ModelArg,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated names, each with its defaults.")
+    ] = "",
+    method: Annotated[
+        list[str] | None,
+        typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
+    ] = None,
+    lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "4k,8k,16k",
+    tasks: Annotated[str, typer.Option(help="Comma-separated; default: all there is.")] = "",
+    samples: Annotated[int, typer.Option(help="Prompts per length and task.", min=1)] = 5,
+    haystack: Annotated[str, typer.Option(help="words, noise or a text file.")] = "words",
+    squad: Annotated[str | None, typer.Option(help="JSON in SQuAD's format, for qa_1.")] = None,
+    hotpot: Annotated[str | None, typer.Option(help="JSON in HotpotQA's, for qa_2.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    chunk: ChunkOpt = None,
+    dtype: DtypeOpt = "auto",
+    device: DeviceOpt = "auto",
+    out: Annotated[Path, typer.Option(help="Folder of ruler.jsonl and the PNGs.")] = Path("ruler"),
+) -> None:
+    """Runs RULER's tasks, offline, method by method, and compares each with dense.
+
+    Prints per length and task: score, difference to dense with its 95% interval, density, TTFT,
+    TPOT and peak memory; appends one JSONL row per prompt (a second run with the same --out
+    continues where the first stopped) and draws three pictures.
+
+    Example: `lowcontext ruler ./my-llama --methods dense,minference,hip --lengths 4k,32k`
+    """
+    from lowcontext.eval import ruler as suite
+
+    with errors():
+        names = [*filter(None, methods.split(",")), *(method or [])]
+        chosen = [parse.method(name) for name in names or ["dense"]]
+        run = suite.RulerRun(
+            lengths=parse.lengths(lengths),
+            tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+            samples=samples,
+            sources=suite.Sources(haystack, squad, hotpot),
+            seed=seed,
+            chunk=chunk,
+        )
+        lm, tokenizer = parse.load_model(model, dtype, device)
+        rows: list[Any] = []
+        with sample_progress() as bars:
+            for one in chosen:
+                bar = bars.add_task(str(one), total=len(run.cells()))
+                for row in _ruler_rows(lm, tokenizer, run, one, out / "ruler.jsonl"):
+                    rows.append(row)
+                    bars.advance(bar)
+        for table in ruler_tables(rows):
+            console.print(table)
+        pictures = suite.plot_ruler(rows, out)
+    console.print(f"wrote {out / 'ruler.jsonl'}, {', '.join(path.name for path in pictures)}")
+
+
+def _ruler_rows(model: Any, tokenizer: Any, run: Any, chosen: Method, out: Path) -> Iterator[Any]:
+    """Rows of one method, the model patched while they run."""
+    from lowcontext.eval.ruler import run_ruler
+
+    with parse.counted(model, chosen) as stats:
+        yield from run_ruler(model, tokenizer, run, method=str(chosen), out=out, stats=stats)
+
+
+def ruler_tables(rows: Sequence[Any]) -> list[Table]:
+    """One table per length: task by task, each method beside dense on the same prompts."""
+    from lowcontext.eval.ruler import summarize_ruler
+
+    lines = summarize_ruler(rows)
+    short = parse.short_names(list(dict.fromkeys(line.method for line in lines)))
+    numbers = ("n", "score", "diff", "95%", "read", "decode", "TTFT", "TPOT", "MiB")
+    tables = []
+    for length in sorted({line.length for line in lines}):
+        table = Table(
+            Column("task, method", overflow="fold", min_width=16),
+            *(Column(name, justify="right", no_wrap=True) for name in numbers),
+            title=f"{length} tokens: score in %, its difference to dense, density, s, ms",
+            box=SIMPLE,
+            padding=(0, 1, 0, 0),
+            pad_edge=False,
+        )
+        before = ""
+        for line in (line for line in lines if line.length == length):
+            if line.task != before:
+                table.add_row(line.task, style="bold")
+                before = line.task
+            style = "red" if line.below else None
+            table.add_row(f" {short[line.method]}", *_figures(line), style=style)
+        tables.append(table)
+    return tables
+
+
+def _figures(line: Any) -> list[str]:
+    difference = ends = ""
+    if line.difference is not None:
+        difference = f"{100 * line.difference:+.0f}"
+        ends = f"{100 * line.difference_low:+.0f}..{100 * line.difference_high:+.0f}"
+    return [
+        str(line.samples),
+        f"{100 * line.score:.0f}",
+        difference,
+        ends,
+        parse.share(line.density),
+        parse.share(line.density_decode),
+        f"{line.ttft_s:.2f}",
+        "" if line.tpot_s is None else f"{1e3 * line.tpot_s:.1f}",
+        "" if line.peak_mib is None else f"{line.peak_mib:.0f}",
+    ]

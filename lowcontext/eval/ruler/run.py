@@ -1,0 +1,141 @@
+"""Runs the RULER suite on a model and records every answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowcontext.eval.generation import Answerer, Stats, check_model
+from lowcontext.eval.records import RowFile, RowKey, RulerRow, recorded
+from lowcontext.eval.ruler.tasks import (
+    TASKS,
+    Sources,
+    available_tasks,
+    make_ruler_sample,
+    source_of,
+)
+
+Cell = tuple[int, str, int]  # length, task, sample
+
+
+@dataclass(frozen=True)
+class RulerRun:
+    """Which prompts to run: ``samples`` for every length and task.
+
+    Attributes:
+        lengths: Tokens of prompt and answer room.
+        tasks: Names out of ``TASKS``; empty for all that ``sources`` allow.
+        samples: Prompts per length and task; sample i uses seed ``seed + i``.
+        sources: Haystack and files.
+        seed: Seed of the first sample.
+        chunk: Prefill in chunks of so many tokens; None for one pass.
+    """
+
+    lengths: tuple[int, ...] = (4096,)
+    tasks: tuple[str, ...] = ()
+    samples: int = 5
+    sources: Sources = field(default_factory=Sources)
+    seed: int = 0
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.lengths:
+            raise ValueError("lengths: expected at least one value, got none")
+        for name, value in (("lengths", min(self.lengths)), ("samples", self.samples)):
+            if value < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {value}")
+        if self.chunk is not None and self.chunk < 1:
+            raise ValueError(f"chunk: expected 1 or more, or None, got {self.chunk}")
+        for task in self.tasks:
+            if source_of(task, self.sources) is None:
+                needed = TASKS[task].source
+                raise ValueError(f"tasks: expected --{needed} FILE with task {task!r}, got none")
+
+    def cells(self) -> list[Cell]:
+        """Returns every (length, task, sample) in the order they run."""
+        tasks = self.tasks or available_tasks(self.sources)
+        return [
+            (length, task, sample)
+            for length in self.lengths
+            for task in tasks
+            for sample in range(self.samples)
+        ]
+
+
+def run_ruler(
+    model: Any,
+    tokenizer: Any,
+    run: RulerRun,
+    *,
+    method: str = "dense",
+    out: str | Path | None = None,
+    stats: Stats | None = None,
+) -> Iterator[RulerRow]:
+    """Runs the prompts through ``model.generate``, greedily; times are taken as in ``run_needle``.
+
+    Args:
+        model: A Hugging Face causal LM, patched or not.
+        tokenizer: Its tokenizer.
+        run: The prompts.
+        method: Label of the rows.
+        out: JSONL file to append to. Rows already in it are not run again.
+        stats: Called after every sample (and after the warm-up); its ``"density"`` and
+            anything else it returns is kept with the row.
+
+    Returns:
+        An iterator of all rows in the order of ``run.cells()``, the ones found in ``out`` included.
+        Nothing runs until it is read.
+
+    Raises:
+        ValueError: If a length exceeds the model's positions, if the tokenizer has no
+            end-of-sequence token, or if ``out`` cannot be written.
+    """
+    check_model(model, tokenizer, max(run.lengths))
+    runner = _Runner(model, tokenizer, run, method, stats)
+    book = RowFile(out, RulerRow) if out is not None else None
+    return recorded(run.cells(), runner.key, runner.run_cell, book)
+
+
+class _Runner:
+    """One model on one suite."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, run: RulerRun, method: str, stats: Stats | None
+    ) -> None:
+        self.tokenizer, self.run, self.method = tokenizer, run, method
+        self.name = str(getattr(model, "name_or_path", ""))
+        self.answerer = Answerer(model, tokenizer, run.chunk, stats)
+
+    def key(self, cell: Cell) -> RowKey:
+        length, task, sample = cell
+        source = source_of(task, self.run.sources)
+        seed = self.run.seed + sample
+        return (self.name, self.method, task, source, length, sample, seed, self.run.chunk)
+
+    def run_cell(self, cell: Cell) -> RulerRow:
+        length, task, sample = cell
+        seed, sources = self.run.seed + sample, self.run.sources
+        prompt = make_ruler_sample(self.tokenizer, task, length=length, seed=seed, sources=sources)
+        answer = self.answerer.answer(prompt.input_ids, TASKS[task].answer_room)
+        return RulerRow(
+            model=self.name,
+            method=self.method,
+            task=task,
+            source=str(source_of(task, sources)),
+            length=length,
+            sample=sample,
+            seed=seed,
+            chunk=self.run.chunk,
+            prompt_tokens=len(prompt.input_ids),
+            answers=prompt.answers,
+            output=answer.text,
+            score=TASKS[task].score(answer.text, prompt.answers),
+            ttft_s=answer.ttft_s,
+            tpot_s=answer.tpot_s,
+            new_tokens=answer.new_tokens,
+            peak_mib=answer.peak_mib,
+            density=answer.stats.pop("density", None),
+            stats=answer.stats,
+        )

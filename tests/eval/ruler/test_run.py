@@ -1,0 +1,194 @@
+"""The runner of the RULER suite: rows, resuming after SIGKILL, refusals, table and pictures."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowcontext.eval.records import RowFile, RulerRow, read_ruler_rows
+from lowcontext.eval.ruler import RulerRun, Sources, plot_ruler, run_ruler, summarize_ruler
+from lowcontext.eval.scoring import any_found, paired_interval, share_found
+
+RUN = RulerRun(lengths=(512,), tasks=("niah_single_1", "niah_multikey_1", "fwe"), samples=2)
+
+
+def plain(rows: list[RulerRow]) -> list[RulerRow]:
+    return [replace(row, ttft_s=0.0, tpot_s=0.0, peak_mib=0.0) for row in rows]
+
+
+def test_dense_attention_finds_single_needles_and_rows_say_what_it_cost(
+    model: Any, tokenizer: Any
+) -> None:
+    tasks = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multikey_2")
+    rows = list(run_ruler(model, tokenizer, RulerRun((768,), tasks, samples=2)))
+    assert [(row.task, row.sample) for row in rows] == [(t, i) for t in tasks for i in (0, 1)]
+    assert all(row.score == 1.0 and row.answers == [row.output] for row in rows)
+    assert all(row.ttft_s > 0 and row.tpot_s is not None for row in rows)
+    if sys.platform == "linux":
+        assert all(row.peak_mib is not None and 50 < row.peak_mib < 32_768 for row in rows)
+
+
+def test_a_run_killed_halfway_and_resumed_gives_the_rows_of_a_whole_run(
+    checkpoint: Path, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    model.name_or_path = str(checkpoint)
+    whole, cut = tmp_path / "whole.jsonl", tmp_path / "cut.jsonl"
+    list(run_ruler(model, tokenizer, RUN, out=whole))
+    code = (
+        "import sys\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "from lowcontext.eval.ruler import RulerRun, run_ruler\n"
+        "folder, out = sys.argv[1:]\n"
+        "model = AutoModelForCausalLM.from_pretrained(folder).eval()\n"
+        f"run = RulerRun({RUN.lengths}, {RUN.tasks}, samples=200)\n"
+        "list(run_ruler(model, AutoTokenizer.from_pretrained(folder), run, out=out))\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(checkpoint), str(cut)])
+    try:
+        deadline = time.monotonic() + 90
+        while not cut.exists() or cut.read_bytes().count(b"\n") < 1:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+    finally:
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    kept = read_ruler_rows(cut)[: len(RUN.cells()) // 2]
+    assert len(kept) >= 1
+    lines = cut.read_bytes().splitlines(keepends=True)[:2]
+    cut.write_bytes(b"".join(lines) + b'{"model": "half a li')
+    resumed = list(run_ruler(model, tokenizer, RUN, out=cut))
+    assert plain(resumed) == plain(read_ruler_rows(whole))
+    assert read_ruler_rows(cut) == resumed
+    assert resumed[0] == kept[0]
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_rows(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "ruler.jsonl"
+    rows = run_ruler(model, tokenizer, RUN, out=out)
+    first = next(rows)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (out.stat().st_size + 40, hard))
+    try:
+        with pytest.raises(OSError, match="make room and run the same command again"):
+            next(rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert read_ruler_rows(out) == [first]
+    assert list(RowFile(out, RulerRow).rows.values()) == [first]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lengths": ()}, "lengths: expected at least one value"),
+        ({"lengths": (0,)}, "lengths: expected 1 or more, got 0"),
+        ({"samples": 0}, "samples: expected 1 or more, got 0"),
+        ({"chunk": 0}, "chunk: expected 1 or more, or None, got 0"),
+        ({"tasks": ("qa_2",)}, "expected --hotpot FILE with task 'qa_2', got none"),
+        ({"tasks": ("needle",)}, "tasks: expected one of niah_single_1"),
+    ],
+)
+def test_a_run_that_cannot_work_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        replace(RUN, **change)
+
+
+ROW = RulerRow(
+    model="m",
+    method="dense",
+    task="vt",
+    source="noise",
+    length=4096,
+    sample=0,
+    seed=0,
+    chunk=None,
+    prompt_tokens=4000,
+    answers=["A", "B"],
+    output="A",
+    score=1.0,
+    ttft_s=1.0,
+    tpot_s=0.1,
+    new_tokens=4,
+    peak_mib=100.0,
+    density=1.0,
+    stats={"density_decode": 0.5},
+)
+
+
+def some_rows() -> list[RulerRow]:
+    return [
+        replace(ROW, method=method, task=task, length=length, seed=seed, score=score)
+        for length in (4096, 16384)
+        for task in ("vt", "fwe")
+        for method in ("dense", "quest(budget=64)", "hip(mask_k=512)")
+        for seed, score in enumerate([1.0, 1.0, 0.5] if method == "dense" else [1.0, 0.0, 0.5])
+    ]
+
+
+def test_the_difference_is_taken_on_the_prompts_that_dense_answered_too() -> None:
+    extra = replace(ROW, method="quest(budget=64)", seed=77, score=0.0)
+    lines = {
+        (x.method, x.task): x for x in summarize_ruler([*some_rows(), extra]) if x.length < 5000
+    }
+    line = lines["quest(budget=64)", "vt"]
+    assert (line.samples, line.score, line.dense) == (4, 1.5 / 4, 2.5 / 3)
+    assert line.difference == pytest.approx(-1 / 3)
+    assert (line.difference_low, line.difference_high) == paired_interval([0.0, -1.0, 0.0])
+    assert lines["dense", "all"].difference is None
+    assert lines["dense", "all"].samples == 6
+    assert lines["quest(budget=64)", "all"].density_decode == 0.5
+
+
+def test_the_paired_interval_covers_the_true_difference() -> None:
+    import random
+
+    rng = random.Random(0)
+    for total, worse, better, least in (
+        (20, 0.2, 0.0, 0.9),
+        (50, 0.1, 0.05, 0.93),
+        (50, 0.0, 0.0, 0.93),
+        (200, 0.3, 0.1, 0.93),
+    ):
+        hits = 0
+        for _ in range(500):
+            draws = [rng.random() for _ in range(total)]
+            gaps = [-1.0 if d < worse else 1.0 if d < worse + better else 0.0 for d in draws]
+            low, high = paired_interval(gaps)
+            hits += low <= better - worse <= high
+        assert hits >= least * 500
+
+
+def test_metrics_are_shares_of_references_and_one_of_many() -> None:
+    assert share_found("alpha, BETA and gam", ["Alpha", "beta", "gamma"]) == pytest.approx(2 / 3)
+    assert any_found("it was Paris.", ["London", "paris"]) == 1.0
+    assert any_found("it was Rome.", ["London", "paris"]) == 0.0
+    with pytest.raises(ValueError, match="expected at least one answer"):
+        share_found("x", [])
+
+
+def test_pictures_take_gaps_and_missing_figures(tmp_path: Path) -> None:
+    rows = some_rows()[:-4]
+    rows += [replace(ROW, method="bare", density=None, tpot_s=None, peak_mib=None)]
+    for path in plot_ruler(rows, tmp_path / "new"):
+        assert path.stat().st_size > 10_000
+    with pytest.raises(ValueError, match="rows: expected at least one row, got none"):
+        plot_ruler([], tmp_path)
+
+
+def test_sources_are_part_of_a_rows_key(model: Any, tokenizer: Any, tmp_path: Path) -> None:
+    out = tmp_path / "ruler.jsonl"
+    run = RulerRun((400,), ("niah_single_2",), samples=1)
+    for haystack in ("words", "noise"):
+        list(run_ruler(model, tokenizer, replace(run, sources=Sources(haystack)), out=out))
+    assert [row.source for row in read_ruler_rows(out)] == ["words", "noise"]
