@@ -155,19 +155,18 @@ def searches() -> Iterator[tuple[str, TreeOptions | StageOptions]]:
     for beam in (512, 1024):  # leaves themselves are listed, as published
         tree = TreeOptions(block_k=2, leaf=2, key_stride=1, beam=beam, row_stride=4)
         yield f"tree, leaf 2 listed, beam {beam}", tree
-    for leaf, stride in ((2, 1), (8, 4), (16, 4), (32, 4), (64, 8), (64, 4)):
+    for leaf, stride in ((2, 1), (8, 4), (32, 4), (64, 8), (64, 4)):
         for beam in (512, 1024):
             tree = TreeOptions(leaf=leaf, key_stride=stride, beam=beam, row_stride=4)
             yield f"tree, leaf {leaf}, stride {stride}, beam {beam}", tree
-    for leaf, stride, beam in ((8, 4, 1024), (64, 4, 1024)):
-        tree = TreeOptions(leaf=leaf, key_stride=stride, beam=beam, row_stride=4)
-        name = f"tree, leaf {leaf}, stride {stride}, beam {beam}"
-        yield f"{name}, spread", replace(tree, representative="spread")
-        for rows, row_stride in (("mean", 1), ("mean", 16), ("mean", 64), ("last", 16)):
-            yield (
-                f"{name}, {rows} of {row_stride}",
-                replace(tree, row_stride=row_stride, rows=rows),
-            )
+    tree = TreeOptions(leaf=64, key_stride=4, beam=1024, row_stride=4)
+    name = "tree, leaf 64, stride 4, beam 1024"
+    yield f"{name}, spread", replace(tree, representative="spread")
+    for rows, row_stride in (("mean", 1), ("mean", 16), ("mean", 64), ("last", 16)):
+        yield f"{name}, {rows} of {row_stride}", replace(tree, row_stride=row_stride, rows=rows)
+    yield "tree, leaf 64, stride 1, beam 1024", replace(tree, key_stride=1)
+    spread = TreeOptions(leaf=8, key_stride=4, beam=1024, row_stride=4, representative="spread")
+    yield "tree, leaf 8, stride 4, beam 1024, spread", spread
     published = ((256, 32768), (32, 8192), (8, 0))
     stages = StageOptions(block_k=8, stages=tuple(Stage(*s) for s in published))
     yield "stages 256:32768 32:8192 8, listed", stages
@@ -176,6 +175,7 @@ def searches() -> Iterator[tuple[str, TreeOptions | StageOptions]]:
         "256:65536 64:16384 8",
         "64:8192 8",
         "64:16384 8",
+        "64:16384 2",
         "32:8192 8",
         "64",
         "32",

@@ -60,7 +60,9 @@ class HierarchicalMethod(Method):
         super().__post_init__()
         self._expect_ints(dense_last=0)
         try:
-            self._options(sys.maxsize, 1)  # a layer behind all those with settings of their own
+            for block_q in (self.block_q, 1):
+                # A layer behind all those with settings of their own.
+                self._options(sys.maxsize, block_q)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{self.name}: {error}") from None
 

@@ -25,7 +25,8 @@ class HiP(HierarchicalMethod):
     Args:
         leaf: keys of a leaf of the tree; `block_k` is a multiple.
         beam: intervals kept at each level.
-        key_stride: keys of a leaf per scored one.
+        key_stride: keys of a leaf per scored one, in prefill.
+        decode_stride: the same in decode, where a search serves `refresh` tokens.
         row_stride: queries per scored row.
         rows: a scored row is the "mean" of its queries or the "last" of them.
         representative: keys that stand for an interval: in its "center", "first" or "last" leaf, or
@@ -39,6 +40,7 @@ class HiP(HierarchicalMethod):
     leaf: int = 64
     beam: int = 1024
     key_stride: int = 4
+    decode_stride: int = 1
     row_stride: int = 16
     rows: str = "mean"
     representative: str = "center"
@@ -46,11 +48,16 @@ class HiP(HierarchicalMethod):
     dense_layers: int = 3
 
     def __post_init__(self) -> None:
+        self._expect_ints(leaf=1, refresh=1, decode_stride=1)
+        if self.decode_stride > self.leaf:
+            raise ValueError(
+                f"hip: decode_stride: expected at most leaf={self.leaf}, got {self.decode_stride}"
+            )
         super().__post_init__()
-        self._expect_ints(refresh=1)
 
     def _options(self, layer_idx: int, block_q: int) -> SearchOptions:
-        return _tree_options(self, block_q)
+        stride = self.key_stride if block_q > 1 else self.decode_stride
+        return _tree_options(self, block_q, stride)
 
     def _search(
         self,
@@ -69,7 +76,7 @@ class HiP(HierarchicalMethod):
 
 
 @cache
-def _tree_options(method: HiP, block_q: int) -> TreeOptions:
+def _tree_options(method: HiP, block_q: int, key_stride: int) -> TreeOptions:
     return TreeOptions(
         block_q=block_q,
         block_k=method.block_k,
@@ -81,6 +88,6 @@ def _tree_options(method: HiP, block_q: int) -> TreeOptions:
         leaf=method.leaf,
         beam=method.beam,
         row_stride=method.row_stride,
-        key_stride=method.key_stride,
+        key_stride=key_stride,
         representative=method.representative,
     )

@@ -42,7 +42,7 @@ class InfiniteHiP(HierarchicalMethod):
 
     name: ClassVar[str] = "infinitehip"
 
-    stages: str = "64:16384 8"
+    stages: str = "64:16384 2"
     representative: str = "center"
     chunk_score: str = "max"
     refresh: int | str = "16/4"

@@ -52,6 +52,14 @@ def test_the_settings_are_those_of_the_search() -> None:
     assert index.block_size == (32, 16)
 
 
+def test_decode_has_a_stride_of_its_own() -> None:
+    q, k = qk(1, 3000)
+    method = get_method("hip", budget=256, window=64, key_stride=64, decode_stride=2)
+    index = method.decode(q, k, LayerContext(layer_idx=3))
+    options = TreeOptions(block_q=1, budget=256, window=64, key_stride=2)
+    assert torch.equal(index.kv_starts, hip_tree(q, k, options, ahead=7).kv_starts)
+
+
 def test_the_published_setting_reads_the_leaves_themselves() -> None:
     q, k = qk(128, 4096)
     method = get_method(
@@ -202,3 +210,7 @@ def test_bad_settings_of_hip_are_named() -> None:
         get_method("hip", leaf=7)
     with pytest.raises(ValueError, match="hip: refresh: expected at least 1, got 0"):
         get_method("hip", refresh=0)
+    with pytest.raises(ValueError, match="hip: decode_stride: expected at most leaf=4, got 8"):
+        get_method("hip", leaf=4, decode_stride=8)
+    with pytest.raises(ValueError, match="hip: key_stride: expected at most leaf=4, got 8"):
+        get_method("hip", leaf=4, key_stride=8)

@@ -155,7 +155,7 @@ class StageOptions(SearchOptions):
             best key, or that of the "last" one.
     """
 
-    stages: tuple[Stage, ...] = (Stage(64, 16384), Stage(8))
+    stages: tuple[Stage, ...] = (Stage(64, 16384), Stage(2))
     representative: str = "center"
     chunk_score: str = "max"
 
