@@ -19,8 +19,7 @@ void run_items(int64_t items, bool small, const Run& run) {
       run(item);
     }
   };
-  const int64_t threads =
-      small ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
+  const int64_t threads = small ? 1 : std::min<int64_t>(torch::stable::get_num_threads(), items);
   if (threads <= 1) {
     work(0, 1);
   } else {

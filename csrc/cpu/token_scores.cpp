@@ -66,8 +66,8 @@ struct Queries {
 Queries pack_queries(const Tensor& q, int64_t kv_heads, float scale, bool split) {
   expect(q, "q", 4);
   LC_CHECK(q.scalar_type() == ScalarType::Float, "q", "dtype float32", "another");
-  LC_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q", concat("a multiple of ", kv_heads,
-           " heads"), q.size(1));
+  LC_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q",
+           concat("a multiple of ", kv_heads, " heads"), q.size(1));
   Queries out;
   out.batch = q.size(0);
   out.kv_heads = kv_heads;
@@ -82,9 +82,9 @@ Queries pack_queries(const Tensor& q, int64_t kv_heads, float scale, bool split)
   const float* data = static_cast<const float*>(q.const_data_ptr());
   for (int64_t b = 0; b < out.batch; ++b) {
     for (int64_t h = 0; h < q.size(1); ++h) {
-      float* head = out.packed.data() +
-                    ((b * kv_heads + h / out.group) * out.padded_rows +
-                     h % out.group * out.length) * out.stride;
+      float* head = out.packed.data() + ((b * kv_heads + h / out.group) * out.padded_rows +
+                                         h % out.group * out.length) *
+                                            out.stride;
       for (int64_t r = 0; r < out.length; ++r) {
         const float* row = data + b * q.stride(0) + h * q.stride(1) + r * q.stride(2);
         for (int64_t d = 0; d < D; ++d) {
@@ -121,8 +121,13 @@ struct Keys {
 
 Keys view_keys(const Tensor& k, const char* name) {
   expect(k, name, 4);
-  return {key_type(k), static_cast<const char*>(k.const_data_ptr()),
-          static_cast<int64_t>(k.element_size()), k.stride(0), k.stride(1), k.stride(2), k.size(2)};
+  return {key_type(k),
+          static_cast<const char*>(k.const_data_ptr()),
+          static_cast<int64_t>(k.element_size()),
+          k.stride(0),
+          k.stride(1),
+          k.stride(2),
+          k.size(2)};
 }
 
 void set_queries(ScoreRun& run, const Queries& q, int64_t b, int64_t h) {
@@ -206,8 +211,7 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
       const int32_t* list = lists.data + b * lists.stride_b + h * lists.stride_h;
       for (int64_t i = 0; i < count; i += lists.width) {
         const int64_t start = list[(first + i) / lists.width];
-        ScoreRun run =
-            keys.run(b, h, std::clamp<int64_t>(start, 0, keys.count - lists.width));
+        ScoreRun run = keys.run(b, h, std::clamp<int64_t>(start, 0, keys.count - lists.width));
         set_queries(run, queries, b, h);
         run.count = lists.width;
         run.out = scores + i;
@@ -246,7 +250,8 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds) {
   const Queries queries = pack_queries(q, kv_heads, 1.0f, true);
   LC_CHECK(queries.batch == batch && bounds.size(3) == queries.dim, "bounds",
            concat("shape [", queries.batch, ", Hkv, P, ", queries.dim, "]"), shape_text(bounds));
-  Tensor out = torch::stable::new_empty(q, {batch, kv_heads * queries.group, queries.length, pages});
+  Tensor out =
+      torch::stable::new_empty(q, {batch, kv_heads * queries.group, queries.length, pages});
   float* out_data = static_cast<float*>(out.mutable_data_ptr());
   const VoteKernels& kernels = active_kernels().votes;
   const int64_t chunks = ceil_div(pages, kItemKeys / 2);

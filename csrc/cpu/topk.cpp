@@ -107,8 +107,8 @@ Workspace& thread_workspace() {
 }
 
 // The ids of the k largest entries of x, ascending; returns how many there are.
-int64_t select_row(const VoteKernels& kernels, const float* x, int64_t n, int64_t k, Workspace& work,
-                   int32_t* out) {
+int64_t select_row(const VoteKernels& kernels, const float* x, int64_t n, int64_t k,
+                   Workspace& work, int32_t* out) {
   if (k <= 0) return 0;
   float threshold = -std::numeric_limits<float>::infinity();
   // Groups of 16 leave the fewest entries above the bound; there must be more groups than k.

@@ -169,12 +169,11 @@ int64_t collect(const float* x, int64_t n, float threshold, int32_t* ids, float*
   int64_t count = 0, i = 0;
 #if defined(LOWCONTEXT_ISA_AVX512)
   const __m512 low = _mm512_set1_ps(threshold), none = _mm512_set1_ps(-kInfinity);
-  const __m512i lanes =
-      _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   for (; i + kWidth <= n; i += kWidth) {
     const __m512 value = _mm512_loadu_ps(x + i);
-    const __mmask16 keep = _mm512_cmp_ps_mask(value, low, _CMP_GE_OQ) &
-                           _mm512_cmp_ps_mask(value, none, _CMP_GT_OQ);
+    const __mmask16 keep =
+        _mm512_cmp_ps_mask(value, low, _CMP_GE_OQ) & _mm512_cmp_ps_mask(value, none, _CMP_GT_OQ);
     if (keep == 0) continue;
     const __m512i id = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(i)));
     // Whole vectors, not compressing stores: those take over a hundred cycles on Zen 4.
