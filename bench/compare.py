@@ -22,11 +22,13 @@ COLUMNS = {
     "p20_ms": "p20 ms",
     "p50_ms": "p50 ms",
     "p80_ms": "p80 ms",
+    "first_ms": "first ms",
     "speedup_over_sdpa": "x SDPA",
     "efficiency": "efficiency",
     "speedup_over_flex": "x Flex",
     "tflops": "TFLOP/s",
     "gb_per_s": "GB/s",
+    "matmul_share": "of matmul rate",
     "bandwidth_share": "of bandwidth",
 }
 

@@ -168,9 +168,7 @@ void accumulate_values(const T* v, int64_t v_stride, RowStream<T>& upcoming,
   LC_UNROLL
   for (int r = 0; r < R; ++r) {
     LC_UNROLL
-    for (int c = 0; c < C; ++c) {
-      acc[r][c] = load(o + r * o_stride + c * kWidth) * set1(alpha[r * K]);
-    }
+    for (int c = 0; c < C; ++c) acc[r][c] = set1(0.0f);
   }
   for (int64_t key = 0; key < keys; ++key) {
     const T* row = v + positions[key] * v_stride;
@@ -197,7 +195,10 @@ void accumulate_values(const T* v, int64_t v_stride, RowStream<T>& upcoming,
   LC_UNROLL
   for (int r = 0; r < R; ++r) {
     LC_UNROLL
-    for (int c = 0; c < C; ++c) store(o + r * o_stride + c * kWidth, acc[r][c]);
+    for (int c = 0; c < C; ++c) {
+      float* at = o + r * o_stride + c * kWidth;
+      store(at, fma(load(at), set1(alpha[r * K]), acc[r][c]));
+    }
   }
 }
 
@@ -265,12 +266,13 @@ void run_decode_rows(const Problem& p, const Plan& plan, const Item& item, ItemQ
     const Vec zero_base = select_lt(top, set1(-3.0e38f), set1(0.0f), top);
     float alpha[kWidth];
     store(alpha, exp2(maximum - zero_base));
-    sum = sum * load(alpha);
+    Vec step_sum = set1(0.0f);
     for (int64_t i = 0; i < blocks; ++i) {
       const Vec x = exp2(load(s + i * kWidth) - zero_base);
       store(s + i * kWidth, x);
-      sum = sum + x;
+      step_sum = step_sum + x;
     }
+    sum = fma(sum, load(alpha), step_sum);
     maximum = top;
 
     const int64_t keys_then = walker.next(then, kDecodeStep);

@@ -57,18 +57,16 @@ void score_rows(const float* k, int64_t stride, const float* q, int64_t head_dim
 }
 
 // o[M, lanes] = o[M, lanes] * alpha[lanes] + v[keys, M]^T p[keys, lanes]; o is not read where alpha
-// is null.
+// is null. The keys of the step are summed first: added one by one to a sum over the whole list,
+// each would be rounded to the size of that sum.
 template <int M, int NV>
 void accumulate_rows(const float* v, int64_t stride, const float* p, int64_t keys,
                      const float* alpha, float* o) {
   Vec acc[M][NV];
   LC_UNROLL
-  for (int j = 0; j < NV; ++j) {
-    const Vec a = alpha == nullptr ? set1(0.0f) : load(alpha + j * kWidth);
+  for (int i = 0; i < M; ++i) {
     LC_UNROLL
-    for (int i = 0; i < M; ++i) {
-      acc[i][j] = alpha == nullptr ? a : load(o + i * kLanes + j * kWidth) * a;
-    }
+    for (int j = 0; j < NV; ++j) acc[i][j] = set1(0.0f);
   }
   for (int64_t key = 0; key < keys; ++key) {
     Vec b[NV];
@@ -81,6 +79,14 @@ void accumulate_rows(const float* v, int64_t stride, const float* p, int64_t key
       for (int j = 0; j < NV; ++j) acc[i][j] = fma(a, b[j], acc[i][j]);
     }
     v += stride;
+  }
+  if (alpha != nullptr) {
+    LC_UNROLL
+    for (int j = 0; j < NV; ++j) {
+      const Vec a = load(alpha + j * kWidth);
+      LC_UNROLL
+      for (int i = 0; i < M; ++i) acc[i][j] = fma(load(o + i * kLanes + j * kWidth), a, acc[i][j]);
+    }
   }
   LC_UNROLL
   for (int i = 0; i < M; ++i) {
@@ -285,14 +291,15 @@ void run_panel(const Problem& p, const Plan& plan, const PanelStep& step, const 
   for (int j = 0; j < NV; ++j)
     top[j] = max(max(tops[0][j], tops[1][j]), max(tops[2][j], tops[3][j]));
   float alpha[kLanes];
+  Vec before[NV];  // sum of the steps so far
   for (int j = 0; j < NV; ++j) {
     // A lane that has seen no key subtracts 0: 2^(-inf) = 0, with no inf - inf.
     base[j] = select_lt(top[j], set1(-3.0e38f), set1(0.0f), top[j]);
-    total[j] = set1(0.0f);
+    total[j] = before[j] = set1(0.0f);
     if (!step.first) {
       const Vec a = exp2(load(maximum + j * kWidth) - base[j]);
       store(alpha + j * kWidth, a);
-      total[j] = load(sum + j * kWidth) * a;
+      before[j] = load(sum + j * kWidth) * a;
     }
     store(maximum + j * kWidth, top[j]);
   }
@@ -303,7 +310,7 @@ void run_panel(const Problem& p, const Plan& plan, const PanelStep& step, const 
       total[j] = total[j] + x;
     }
   }
-  for (int j = 0; j < NV; ++j) store(sum + j * kWidth, total[j]);
+  for (int j = 0; j < NV; ++j) store(sum + j * kWidth, before[j] + total[j]);
 
   const float* scale = step.first ? nullptr : alpha;
   int64_t d = 0;

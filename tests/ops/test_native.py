@@ -388,3 +388,19 @@ def test_huge_pages_are_a_hint_that_changes_no_value() -> None:
     assert fresh.sum() == 2.0 * fresh.numel()
     native.prefer_huge_pages(fresh)
     assert fresh.sum() == 2.0 * fresh.numel()
+
+
+@pytest.mark.parametrize("Lq", [1, 16])
+def test_the_error_does_not_grow_with_the_length_of_the_list(isa: str, Lq: int) -> None:
+    """32,768 nearly equal weights on values far from zero, in items that are not split."""
+    Lk, heads, D = 32768, 128, 64
+    q, k, v = qkv(1, 1, 1, Lq, Lk, D, torch.float32)
+    q, v = q * 0.02, v + 8.0
+    mask = torch.arange(Lk) <= torch.arange(Lk - Lq, Lk)[:, None]
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    exact = sdpa(q.double(), k.double(), v.double(), attn_mask=mask)
+    plain = (sdpa(q, k, v, attn_mask=mask) - exact).abs().max()
+    shared = [x.expand(1, heads, -1, -1) for x in (q, k, v)]
+    out, _ = native.attention(*shared, scale=D**-0.5, softcap=0.0, window=0, kv_start=None)
+    assert (out[:, :1] - exact).abs().max() <= 2 * plain + 1e-5
+    assert torch.equal(out[:, :1].expand_as(out), out)
