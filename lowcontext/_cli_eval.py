@@ -1,4 +1,4 @@
-"""The command `ruler`."""
+"""The commands `ruler` and `report`."""
 
 from __future__ import annotations
 
@@ -77,6 +77,29 @@ def ruler(
             console.print(table)
         pictures = suite.plot_ruler(rows, out)
     console.print(f"wrote {out / 'ruler.jsonl'}, {', '.join(path.name for path in pictures)}")
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="JSONL files of `needle` and of `ruler`.")],
+    out: Annotated[Path, typer.Option(help="Folder of report.html and the PNGs.")] = Path("report"),
+) -> None:
+    """Compares finished runs: tables, pictures and one HTML page; nothing is run again.
+
+    The page needs no other file. A run is named by its file, with its folder where two are alike.
+
+    Example: `lowcontext report ruler-a/ruler.jsonl ruler-b/ruler.jsonl --out compared`
+    """
+    from lowcontext.eval import report as reports
+
+    with errors():
+        loaded = reports.load_runs(runs)
+        for run in loaded:
+            console.print(run.name, style="bold", markup=False)
+            for table in [*ruler_tables(run.ruler), *parse.needle_tables(run.needle)]:
+                if table.row_count:
+                    console.print(table)
+        page = reports.write_report(loaded, out)
+    console.print(f"wrote {page}")
 
 
 def _ruler_rows(model: Any, tokenizer: Any, run: Any, chosen: Method, out: Path) -> Iterator[Any]:

@@ -20,7 +20,8 @@ from lowcontext._cli_console import (
     errors,
     sample_progress,
 )
-from lowcontext._cli_eval import ruler
+from lowcontext._cli_eval import report, ruler
+from lowcontext._cli_lm_eval import lm_eval
 
 app = typer.Typer(
     help="Long-context sparse attention for Hugging Face models.",
@@ -30,6 +31,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(ruler)
+app.command()(report)
+app.command(
+    "lm-eval",
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)(lm_eval)
 
 
 @app.command()

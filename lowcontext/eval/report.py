@@ -1,0 +1,208 @@
+"""Finished runs side by side, as one HTML page with its pictures inside."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowcontext.eval.plots import plot_needle
+from lowcontext.eval.records import NeedleRow, RulerRow, read_rows, read_ruler_rows
+from lowcontext.eval.ruler.plots import plot_ruler
+from lowcontext.eval.ruler.summary import RulerSummary, summarize_ruler
+from lowcontext.eval.summary import SummaryRow, summarize
+
+STYLE = """
+body{font:15px/1.45 system-ui,sans-serif;color:#1f2933}
+body{max-width:76rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
+th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e6e8eb;white-space:nowrap}
+th{color:#66727f;font-weight:600}
+th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+tr.below td{color:#b3541e;font-weight:600}
+img{max-width:100%;height:auto}
+p{color:#66727f;max-width:46rem}
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """The rows of one file.
+
+    Attributes:
+        name: Short name that no other run of the report has.
+        needle: Its needle rows.
+        ruler: Its rows of the RULER suite.
+    """
+
+    name: str
+    needle: tuple[NeedleRow, ...]
+    ruler: tuple[RulerRow, ...]
+
+
+def load_runs(paths: Sequence[str | Path]) -> list[Run]:
+    """Reads finished or unfinished runs.
+
+    Args:
+        paths: JSONL files, each of needle rows or of RULER rows.
+
+    Returns:
+        A run per file.
+
+    Raises:
+        ValueError: If there is no file, or one is missing, empty or of something else.
+    """
+    if not paths:
+        raise ValueError("runs: expected at least one JSONL file, got none")
+    files = [Path(path) for path in paths]
+    names = [path.stem for path in files]
+    if len(set(names)) < len(names):
+        names = [f"{path.resolve().parent.name}/{path.stem}" for path in files]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in files]
+    return [_load(path, name) for path, name in zip(files, names, strict=True)]
+
+
+def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
+    """Writes the pictures of all runs together, and a page with them and the tables.
+
+    Args:
+        runs: The runs; with several, methods are named ``run: method``.
+        folder: Where to write ``report.html`` and the PNGs; made if missing.
+
+    Returns:
+        The path of the page, which needs no other file.
+
+    Raises:
+        ValueError: If there are no runs.
+    """
+    if not runs:
+        raise ValueError("runs: expected at least one run, got none")
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    prefix = {run.name: f"{run.name}: " if len(runs) > 1 else "" for run in runs}
+    needle = [replace(r, method=prefix[run.name] + r.method) for run in runs for r in run.needle]
+    ruler = [replace(r, method=prefix[run.name] + r.method) for run in runs for r in run.ruler]
+    parts = [f"<h1>Evaluation of {html.escape(', '.join(run.name for run in runs))}</h1>"]
+    if ruler:
+        parts.append("<h2>RULER suite</h2>")
+        parts += [_picture(path) for path in plot_ruler(ruler, target)]
+        # Each run is compared with its own dense rows.
+        lines = [
+            replace(line, method=prefix[run.name] + line.method)
+            for run in runs
+            for line in summarize_ruler(run.ruler)
+        ]
+        parts.append(_ruler_table(lines))
+    if needle:
+        parts.append("<h2>Needle in a haystack</h2>")
+        parts.append(_picture(plot_needle(needle, target / "needle.png")))
+        parts.append(_needle_table(summarize(needle)))
+    page = target / "report.html"
+    page.write_text(
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width">'
+        f"<title>Evaluation</title><style>{STYLE}</style><body>{''.join(parts)}</body></html>\n",
+        encoding="utf-8",
+    )
+    return page
+
+
+def _load(path: Path, name: str) -> Run:
+    try:
+        with path.open(encoding="utf-8") as file:
+            first = file.readline()
+    except OSError as error:
+        raise ValueError(f"runs: expected a JSONL file, got {str(path)!r} ({error})") from error
+    if not first.endswith("\n"):
+        raise ValueError(f"runs: expected at least one row, got none in {str(path)!r}")
+    try:
+        content = json.loads(first)
+    except ValueError as error:
+        raise ValueError(f"runs: expected JSON lines in {str(path)!r} ({error})") from error
+    if isinstance(content, dict) and "depth" in content:
+        return Run(name, tuple(read_rows(path)), ())
+    return Run(name, (), tuple(read_ruler_rows(path)))
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+
+
+def _table(head: Sequence[str], body: Sequence[tuple[Sequence[str], bool]]) -> str:
+    def cells(tag: str, values: Sequence[str]) -> str:
+        return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
+
+    rows = "".join(
+        f"<tr{' class=below' if below else ''}>{cells('td', values)}</tr>" for values, below in body
+    )
+    head_row = f"<tr>{cells('th', head)}</tr>"
+    return f'<div class="wide"><table>{head_row}{rows}</table></div>'
+
+
+def _ruler_table(lines: Sequence[RulerSummary]) -> str:
+    head = ("task", "method", "tokens", "n", "score %", "95%", "diff", "95%")
+    costs = ("read", "decode", "TTFT s", "TPOT ms", "peak MiB")
+    places = {task: place for place, task in enumerate(dict.fromkeys(x.task for x in lines))}
+    ordered = sorted(lines, key=lambda line: (line.length, places[line.task]))
+    body = []
+    for line in ordered:
+        gap = _number(line.difference, 100, "+.0f")
+        low, high = (
+            _number(end, 100, "+.0f") for end in (line.difference_low, line.difference_high)
+        )
+        values = (
+            line.task,
+            line.method,
+            str(line.length),
+            str(line.samples),
+            _number(line.score, 100, ".0f"),
+            f"{_number(line.low, 100, '.0f')} to {_number(line.high, 100, '.0f')}",
+            gap,
+            f"{low} to {high}" if gap else "",
+            _number(line.density, 100, ".1f", "%"),
+            _number(line.density_decode, 100, ".1f", "%"),
+            _number(line.ttft_s, 1, ".2f"),
+            _number(line.tpot_s, 1e3, ".1f"),
+            _number(line.peak_mib, 1, ".0f"),
+        )
+        body.append((values, line.below))
+    note = (
+        "<p>diff: score less that of dense on the same prompts of the same run, with its 95% "
+        "interval; coloured where all of it lies below zero. read: share of causal pairs in "
+        "prefill. decode: share of cached keys. Times are medians.</p>"
+    )
+    return _table((*head, *costs), body) + note
+
+
+def _needle_table(lines: Sequence[SummaryRow]) -> str:
+    head = ("task", "method", "haystack", "tokens", "n", "right %", "95%", "read", "TTFT s")
+    body = [
+        (
+            (
+                line.task,
+                line.method,
+                line.haystack,
+                str(line.length),
+                str(line.samples),
+                _number(line.accuracy, 100, ".0f"),
+                f"{_number(line.low, 100, '.0f')} to {_number(line.high, 100, '.0f')}",
+                _number(line.density, 100, ".1f", "%"),
+                _number(line.ttft_s, 1, ".2f"),
+                _number(line.tpot_s, 1e3, ".1f"),
+            ),
+            False,
+        )
+        for line in lines
+    ]
+    return _table((*head, "TPOT ms"), body)
+
+
+def _number(value: float | None, factor: float, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{factor * value:{form}}{unit}"

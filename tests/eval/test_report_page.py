@@ -1,0 +1,125 @@
+"""The page that compares runs: complete in itself, each run against its own dense rows."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowcontext.eval.records import NeedleRow, RulerRow
+from lowcontext.eval.report import load_runs, write_report
+
+RULER = RulerRow(
+    model="m",
+    method="dense",
+    task="vt",
+    source="noise",
+    length=4096,
+    sample=0,
+    seed=0,
+    chunk=None,
+    prompt_tokens=4000,
+    answers=["A"],
+    output="A",
+    score=1.0,
+    ttft_s=1.0,
+    tpot_s=0.1,
+    new_tokens=4,
+    peak_mib=100.0,
+    density=1.0,
+    stats={},
+)
+NEEDLE = NeedleRow(
+    model="m",
+    method="quest<&>",
+    task="single",
+    haystack="words",
+    length=1024,
+    depth=50.0,
+    sample=0,
+    seed=0,
+    answer_room=16,
+    chunk=None,
+    metric="contains",
+    prompt_tokens=1008,
+    expected="1",
+    output="1",
+    correct=True,
+    ttft_s=1.0,
+    tpot_s=0.5,
+    new_tokens=4,
+    density=0.25,
+    stats={},
+)
+
+
+def write(path: Path, rows: list[Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(asdict(row)) + "\n" for row in rows))
+    return path
+
+
+def run(score: float, dense: float) -> list[RulerRow]:
+    rows = [replace(RULER, seed=seed, score=dense) for seed in range(20)]
+    return rows + [replace(row, method="hip", score=score) for row in rows]
+
+
+def cells(page: Path) -> list[list[str]]:
+    rows = re.findall(r"<tr[^>]*>(.*?)</tr>", page.read_text())
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+
+
+def test_each_run_is_compared_with_its_own_dense_rows(tmp_path: Path) -> None:
+    one = write(tmp_path / "a" / "ruler.jsonl", run(score=0.0, dense=1.0))
+    two = write(tmp_path / "b" / "ruler.jsonl", run(score=0.0, dense=0.0))
+    page = write_report(load_runs([one, two]), tmp_path / "page")
+    found = {row[1]: row[6] for row in cells(page) if row and row[0] == "vt"}
+    assert found == {
+        "a/ruler: dense": "",
+        "a/ruler: hip": "-100",
+        "b/ruler: dense": "",
+        "b/ruler: hip": "+0",
+    }
+    assert page.read_text().count("<tr class=below>") == 2  # the task and all tasks together
+
+
+def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
+    files = [write(tmp_path / "r.jsonl", run(1.0, 1.0)), write(tmp_path / "n.jsonl", [NEEDLE])]
+    text = write_report(load_runs(files), tmp_path / "page").read_text()
+    sources = re.findall(r'(?:src|href)="(.{30})', text)
+    assert len(sources) == 4
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "n: quest&lt;&amp;&gt;" in text
+    assert "<script" not in text
+    assert "http" not in re.sub(r'src="[^"]*"', "", text)
+
+
+def test_one_run_keeps_its_method_names_and_an_unfinished_line_is_left_out(tmp_path: Path) -> None:
+    file = write(tmp_path / "r.jsonl", run(1.0, 1.0))
+    with file.open("a") as stream:
+        stream.write('{"half')
+    (loaded,) = load_runs([file])
+    assert len(loaded.ruler) == 40
+    page = write_report([loaded], tmp_path)
+    assert {row[1] for row in cells(page) if row} == {"dense", "hip"}
+
+
+def test_files_that_are_no_run_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="runs: expected at least one JSONL file, got none"):
+        load_runs([])
+    with pytest.raises(ValueError, match="runs: expected a JSONL file, got '.*nowhere"):
+        load_runs([tmp_path / "nowhere.jsonl"])
+    empty = tmp_path / "empty.jsonl"
+    empty.touch()
+    with pytest.raises(ValueError, match="runs: expected at least one row, got none in"):
+        load_runs([empty])
+    empty.write_text("dear diary\n")
+    with pytest.raises(ValueError, match="runs: expected JSON lines in"):
+        load_runs([empty])
+    empty.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="expected a ruler row in line 1"):
+        load_runs([empty])
