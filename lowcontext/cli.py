@@ -159,7 +159,7 @@ def needle(
     lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "1k,4k,16k",
     depths: Annotated[int, typer.Option(help="Depths from 0 to 100%.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.", min=1)] = 1,
-    task: Annotated[str, typer.Option(help="single or multikey.")] = "single",
+    task: Annotated[str, typer.Option(help="single, multikey, several:N or thread:N.")] = "single",
     haystack: Annotated[str, typer.Option(help="words, noise or a text file.")] = "words",
     seed: Annotated[int, typer.Option()] = 0,
     answer_room: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 16,

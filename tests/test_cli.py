@@ -37,7 +37,17 @@ def test_methods_lists_every_method_with_its_hyper_parameters() -> None:
     assert "budget=2048" in result.output
 
 
-COMMANDS = ["info", "methods", "checkpoint", "generate", "needle", "ruler", "report", "calibrate", "inspect"]
+COMMANDS = [
+    "info",
+    "methods",
+    "checkpoint",
+    "generate",
+    "needle",
+    "ruler",
+    "report",
+    "calibrate",
+    "inspect",
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -7,13 +7,28 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lowcontext.eval.haystack import haystack_words, insertion_point
 from lowcontext.eval.prompt import Rendered, Room, fill, tokenize
-from lowcontext.eval.words import ANSWER_PREFIX, NEEDLE, PREAMBLE, QUESTION, key_words
+from lowcontext.eval.words import (
+    ANSWER_PREFIX,
+    ANSWER_PREFIX_ALL,
+    ANSWER_PREFIX_THREAD,
+    LINK,
+    NEEDLE,
+    PREAMBLE,
+    QUESTION,
+    QUESTION_ALL,
+    QUESTION_THREAD,
+    key_words,
+)
 
 TASKS = {"single": 1, "multikey": 4}  # name -> number of needles
+COUNTED = ("several", "thread")  # written NAME:COUNT
+MAX_COUNT = 100
+KINDS = (*TASKS, *(f"{name}:COUNT" for name in COUNTED))
 
 
 @dataclass(frozen=True)
@@ -21,7 +36,10 @@ class NeedleTask:
     """What is asked of every sample.
 
     Attributes:
-        name: ``"single"`` (one needle) or ``"multikey"`` (four, three of them distractors).
+        name: ``"single"`` (one needle), ``"multikey"`` (four, three of them distractors),
+            ``"several:COUNT"`` (so many needles, all asked for, spread from the asked depth to the
+            end) or ``"thread:COUNT"`` (a chain of so many links to follow from name to name, the
+            first at the asked depth, beside a chain as long that is not asked for).
         haystack: ``"words"``, ``"noise"`` or the path of a text file.
         answer_room: Tokens of the asked length left free for the answer.
     """
@@ -31,10 +49,22 @@ class NeedleTask:
     answer_room: int = 16
 
     def __post_init__(self) -> None:
-        if self.name not in TASKS:
-            raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {self.name!r}")
+        kind, colon, number = self.name.partition(":")
+        counted = kind in COUNTED and number.isdecimal() and 1 <= int(number) <= MAX_COUNT
+        if not (counted if colon else kind in TASKS):
+            raise ValueError(f"task: expected one of {', '.join(KINDS)}, got {self.name!r}")
         if self.answer_room < 1:
             raise ValueError(f"answer_room: expected 1 or more, got {self.answer_room}")
+
+    @property
+    def kind(self) -> str:
+        """The name without the count."""
+        return self.name.partition(":")[0]
+
+    @property
+    def count(self) -> int:
+        """Number of needles, or of links in a thread."""
+        return TASKS.get(self.name) or int(self.name.partition(":")[2])
 
 
 @dataclass(frozen=True)
@@ -44,12 +74,28 @@ class NeedleSample:
     Attributes:
         prompt: The text, chat template included.
         input_ids: The prompt's tokens; with the answer room at most the asked length.
-        expected: The answer.
-        key: The name asked for.
+        expected: The answer; several are joined with ", ".
+        key: The name asked for; several are joined in the same way.
     """
 
     prompt: str
     input_ids: list[int]
+    expected: str
+    key: str
+
+    @property
+    def answers(self) -> list[str]:
+        """The answers, one by one."""
+        return self.expected.split(", ")
+
+
+@dataclass(frozen=True)
+class _Puzzle:
+    """Sentences with their depths, and what is asked."""
+
+    sentences: list[tuple[float, str]]
+    question: str
+    prefix: str
     expected: str
     key: str
 
@@ -86,17 +132,67 @@ def make_sample(
     if not 0 <= depth <= 100:
         raise ValueError(f"depth: expected 0..100 (percent), got {depth}")
     rng = random.Random(f"{task.name}|{length}|{depth:g}|{seed}")
-    needles = _draw_needles(TASKS[task.name], float(depth), rng)
+    puzzle = _PUZZLES[task.kind](task.count, float(depth), rng)
     hay_seed = rng.getrandbits(64)
 
     def render(count: int) -> Rendered:
         hay = haystack_words(task.haystack, count, random.Random(hay_seed))
-        key = needles[0].key
-        text = f"{PREAMBLE} {_body(hay, needles)} {QUESTION.format(key=key)}"
-        return tokenize(tokenizer, text, ANSWER_PREFIX.format(key=key))
+        text = f"{PREAMBLE} {_body(hay, puzzle.sentences)} {puzzle.question}"
+        return tokenize(tokenizer, text, puzzle.prefix)
 
     _, prompt, ids = fill(render, Room(length, task.answer_room, task.name, task.haystack))
-    return NeedleSample(prompt, ids, expected=needles[0].value, key=needles[0].key)
+    return NeedleSample(prompt, ids, expected=puzzle.expected, key=puzzle.key)
+
+
+def _one_asked(count: int, depth: float, rng: random.Random) -> _Puzzle:
+    """One needle is asked for, the others distract."""
+    needles = _draw_needles(count, depth, rng)
+    return _asked(needles, needles[:1])
+
+
+def _all_asked(count: int, depth: float, rng: random.Random) -> _Puzzle:
+    """Every needle is asked for."""
+    step = (100 - depth) / count
+    needles = [
+        _Needle(depth + step * place, needle.key, needle.value)
+        for place, needle in enumerate(_draw_needles(count, depth, rng))
+    ]
+    return _asked(needles, needles)
+
+
+def _asked(needles: list[_Needle], asked: list[_Needle]) -> _Puzzle:
+    keys, values = ([getattr(x, name) for x in asked] for name in ("key", "value"))
+    one = len(asked) == 1
+    form = keys[0] if one else f"{', '.join(keys[:-1])} and {keys[-1]}"
+    return _Puzzle(
+        sentences=[(needle.depth, needle.text) for needle in needles],
+        question=(QUESTION if one else QUESTION_ALL).format(key=form),
+        prefix=(ANSWER_PREFIX if one else ANSWER_PREFIX_ALL).format(key=form),
+        expected=", ".join(values),
+        key=", ".join(keys),
+    )
+
+
+def _thread(count: int, depth: float, rng: random.Random) -> _Puzzle:
+    """A chain of names to follow, and one beside it that leads elsewhere."""
+    names = rng.sample(key_words(), 2 * (count + 1))
+    asked, other = names[: count + 1], names[count + 1 :]
+    sentences = [
+        (rng.random() * 100, LINK.format(key=key, value=value))
+        for chain in (asked, other)
+        for key, value in pairwise(chain)
+    ]
+    sentences[0] = (depth, sentences[0][1])
+    return _Puzzle(
+        sentences=sentences,
+        question=QUESTION_THREAD.format(key=asked[0], count=count),
+        prefix=ANSWER_PREFIX_THREAD.format(key=asked[0]),
+        expected=asked[-1],
+        key=asked[0],
+    )
+
+
+_PUZZLES = {"single": _one_asked, "multikey": _one_asked, "several": _all_asked, "thread": _thread}
 
 
 def _draw_needles(count: int, depth: float, rng: random.Random) -> list[_Needle]:
@@ -108,9 +204,9 @@ def _draw_needles(count: int, depth: float, rng: random.Random) -> list[_Needle]
     return [_Needle(*needle) for needle in zip(depths, keys, values, strict=True)]
 
 
-def _body(hay: list[str], needles: list[_Needle]) -> str:
+def _body(hay: list[str], sentences: list[tuple[float, str]]) -> str:
     parts = list(hay)
-    points = [(insertion_point(hay, needle.depth), needle.text) for needle in needles]
+    points = [(insertion_point(hay, depth), text) for depth, text in sentences]
     for point, text in sorted(points, reverse=True):
         parts.insert(point, text)
     return " ".join(parts)

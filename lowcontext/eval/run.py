@@ -27,7 +27,7 @@ class NeedleGrid:
         lengths: Tokens of prompt and answer room.
         depths: Depths of the needle in percent, 0 (start) to 100 (end).
         samples: Prompts per length and depth; sample i uses seed ``seed + i``.
-        task: ``"single"`` or ``"multikey"``.
+        task: ``"single"``, ``"multikey"``, ``"several:COUNT"`` or ``"thread:COUNT"``.
         haystack: ``"words"``, ``"noise"`` or the path of a text file.
         seed: Seed of the first sample.
         answer_room: Most tokens to generate.
@@ -174,4 +174,4 @@ class _Runner:
     def _correct(self, output: str, prompt: NeedleSample) -> bool:
         if self.grid.metric == "exact":
             return exact_match(output, prompt.expected)
-        return contains_all(output, [prompt.expected])
+        return contains_all(output, prompt.answers)

@@ -14,6 +14,11 @@ PREAMBLE = (
 NEEDLE = "Note that the magic number of {key} is {value}."
 QUESTION = "Question: what is the magic number of {key}? Answer:"
 ANSWER_PREFIX = "The magic number of {key} is"
+QUESTION_ALL = "Question: what are the magic numbers of {key}? Answer:"
+ANSWER_PREFIX_ALL = "The magic numbers of {key} are"
+LINK = "Note that the trail from {key} leads to {value}."
+QUESTION_THREAD = "Question: where does the trail from {key} lead after {count} steps? Answer:"
+ANSWER_PREFIX_THREAD = "The trail from {key} ends at"
 
 NOISE = (
     "Rain falls on old roofs.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from lowcontext.eval.haystack import insertion_point
 from lowcontext.eval.words import NOISE, filler_words, key_words, plain_words, template_words
 
 ROOM = 16
+KNOWN = [("jepuzun", "788636254"), ("gunurin", "767778278")]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,10 @@ def test_a_depth_outside_the_haystack_is_refused(tokenizer: Any, depth: float) -
 
 
 def test_unknown_tasks_and_haystacks_are_refused(tokenizer: Any, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="task: expected one of single, multikey, got 'qa'"):
+    with pytest.raises(
+        ValueError,
+        match="task: expected one of single, multikey, several:COUNT, thread:COUNT, got 'qa'",
+    ):
         NeedleTask("qa")
     with pytest.raises(ValueError, match="haystack: expected one of words, noise or a text file"):
         make_sample(tokenizer, NeedleTask(haystack="hay.txt"), length=512, depth=0, seed=0)
@@ -160,3 +165,48 @@ def test_word_lists_do_not_overlap() -> None:
     assert [len(words) for words in lists[1:]] == [256, 1500]
     assert sum(map(len, lists)) == len({word for words in lists for word in words})
     assert not set(plain_words()) & {*key_words(), *filler_words()}
+
+
+def test_several_needles_are_all_asked_for_and_spread_from_the_asked_depth(tokenizer: Any) -> None:
+    for depth in (0, 60):
+        sample = make_sample(
+            tokenizer, NeedleTask("several:3", answer_room=32), length=2048, depth=depth, seed=0
+        )
+        assert 2027 <= len(sample.input_ids) + 32 <= 2048
+        keys = sample.key.split(", ")
+        assert len(set(sample.answers)) == len(keys) == 3
+        starts = [
+            sample.prompt.index(f"number of {key} is {value}.") / len(sample.prompt)
+            for key, value in zip(keys, sample.answers, strict=True)
+        ]
+        wanted = [0.05 + 0.9 * (depth + (100 - depth) * i / 3) / 100 for i in range(3)]
+        assert all(abs(start - want) < 0.06 for start, want in zip(starts, wanted, strict=True))
+        assert sample.prompt.endswith(f"{keys[0]}, {keys[1]} and {keys[2]} are")
+
+
+def test_a_thread_is_followed_link_by_link_to_its_answer(tokenizer: Any) -> None:
+    for seed in range(5):
+        sample = make_sample(tokenizer, NeedleTask("thread:4"), length=1500, depth=25, seed=seed)
+        links = dict(re.findall(r"trail from (\w+) leads to (\w+)\.", sample.prompt))
+        assert len(links) == 8
+        place = sample.key
+        first = sample.prompt.index(f"from {place} leads") / len(sample.prompt)
+        assert abs(first - 0.275) < 0.08
+        for _ in range(4):
+            place = links[place]
+        assert [place] == sample.answers
+        assert place not in links
+
+
+@pytest.mark.parametrize("name", ["several", "several:0", "thread:x", "single:2", "thread:101"])
+def test_a_count_is_needed_just_where_it_counts(name: str) -> None:
+    with pytest.raises(ValueError, match="task: expected one of single, multikey, several:COUNT"):
+        NeedleTask(name)
+
+
+def test_single_and_multikey_samples_stay_as_they_were(tokenizer: Any) -> None:
+    samples = [
+        make_sample(tokenizer, NeedleTask(task), length=600, depth=30, seed=4)
+        for task in ("single", "multikey")
+    ]
+    assert [(s.key, s.expected) for s in samples] == KNOWN

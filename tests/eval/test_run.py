@@ -205,7 +205,10 @@ def test_a_tokenizer_without_an_end_is_refused(model: Any, checkpoint: Path) -> 
         ({"samples": 0}, "samples: expected 1 or more, got 0"),
         ({"chunk": 0}, "chunk: expected 1 or more, or None, got 0"),
         ({"metric": "f1"}, "metric: expected one of contains, exact, got 'f1'"),
-        ({"task": "qa"}, "task: expected one of single, multikey, got 'qa'"),
+        (
+            {"task": "qa"},
+            "task: expected one of single, multikey, several:COUNT, thread:COUNT, got 'qa'",
+        ),
     ],
 )
 def test_a_grid_that_cannot_run_is_refused(change: dict[str, Any], message: str) -> None:
