@@ -29,8 +29,9 @@ $(INSTALLED): pyproject.toml setup.py | $(PY)
 # keeps the PyTorch path.
 ext: $(BUILT)
 
+# (In the run that installs, make has not seen that pip has just built it.)
 $(BUILT): $(INSTALLED) $(wildcard csrc/*.* csrc/*/*.*)
-	$(PY) setup.py --quiet build_ext --inplace
+	[ -e $@ ] && [ -z "$$(find csrc -newer $@)" ] || $(PY) setup.py --quiet build_ext --inplace
 	touch $@
 
 # Budgets small enough to select at 1K; Quest without its dense layers, since the model has three.
