@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from bench import score_kernels
+from bench.score_kernels import ScoreConfig
 from lowcontext import BlockIndex
 from lowcontext.ops.triton.launch import Launch, Problem, Target, plan
 from lowcontext.ops.triton.resources import SHARED_LIMIT, Resources, compile_launch
@@ -85,10 +87,11 @@ REPRESENTATIVE = (
     Config("prefill", "bfloat16", 256, keys="tiles"),
     Config("prefill", "float32", 128, keys="tiles"),
     Config("decode", "bfloat16", 128, rows=4),
+    *score_kernels.REPRESENTATIVE,
 )
 
 
-def everything() -> Iterator[Config]:
+def everything() -> Iterator[Config | ScoreConfig]:
     """Every tile size of the tables, with the lists and features that change the code."""
     kinds = [("tiles", False), ("columns", True), ("pages", True), ("dense", True)]
     for keys, extras in kinds:
@@ -100,9 +103,10 @@ def everything() -> Iterator[Config]:
         for D in (64, 128, 256):
             yield Config("prefill", "float32", D, keys, 64, extras)
             yield Config("decode", "float32", D, keys, 4, extras)
+    yield from score_kernels.everything()
 
 
-def row(config: Config, launch: Launch, capability: int) -> dict[str, str | int]:
+def row(config: Config | ScoreConfig, launch: Launch, capability: int) -> dict[str, str | int]:
     """Compiles one launch and describes it."""
     resources = compile_launch(launch, capability)
     sizes = (launch.args.get(size) for size in ("BLOCK_M", "BLOCK_N", "BLOCK_S"))

@@ -28,33 +28,39 @@ def numbers(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def run_cases(interpret: bool) -> None:
+# File of cases and the fewest of them that must pass.
+CASES = {"triton_cases.py": 40, "triton_score_cases.py": 50}
+
+
+def run_cases(file: str, interpret: bool) -> None:
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     if interpret:
         env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-x", "tests/ops/triton_cases.py"]
+    command = [sys.executable, "-m", "pytest", "-x", f"tests/ops/{file}"]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, done.stdout
-    assert int(passed[1]) >= 40
+    assert int(passed[1]) >= CASES[file]
 
 
 @pytest.mark.skipif(
     numbers("triton") < (3, 7) and numbers("numpy") >= (2, 4),
     reason="the interpreter of triton 3.6 needs numpy < 2.4",
 )
-def test_every_case_passes_in_the_interpreter() -> None:
-    run_cases(interpret=True)
+@pytest.mark.parametrize("file", CASES)
+def test_every_case_passes_in_the_interpreter(file: str) -> None:
+    run_cases(file, interpret=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_every_case_passes_on_the_gpu() -> None:
-    run_cases(interpret=False)
+@pytest.mark.parametrize("file", CASES)
+def test_every_case_passes_on_the_gpu(file: str) -> None:
+    run_cases(file, interpret=False)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
 
+KERNELS = {"prefill", "decode", "combine", "token_scores", "lse", "soft_vote", "quantize"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -43,12 +44,14 @@ def test_kernels_compile_without_spills_and_within_shared_memory(
     )
     assert done.stdout, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
-    assert {line["kernel"] for line in lines} == {"prefill", "decode", "combine"}
+    assert {line["kernel"] for line in lines} == KERNELS
     for line in lines:
         assert line["spilled"] == 0, line
         assert line["shared"] <= line["limit"], line
         if line["kernel"] == "prefill" and "bfloat16" in line["config"]:
             assert line["products"] == tensor_cores, line
+        if line["kernel"] == "token_scores" and "float32" not in line["config"]:
+            assert line["products"] == "mma.sync", line
         if "float32" in line["config"]:
             assert line["products"] == "", f"expected IEEE products, got {line}"
     assert done.returncode == 0, done.stderr

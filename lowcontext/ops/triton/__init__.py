@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,14 +17,14 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 
 if TYPE_CHECKING:
-    from lowcontext.ops.triton.launch import Target
+    from lowcontext.ops.triton.launch import Launch, Target
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_D = 256
 _MIN_CAPABILITY = 80
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
     """Whether triton's own switch TRITON_INTERPRET runs kernels in Python, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
@@ -32,7 +33,7 @@ def status() -> str | None:
     """None if kernels can run on this machine, else why not."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
-    if _interpreted():
+    if interpreted():
         return None
     if torch.version.hip is not None:
         return "ROCm is not supported"
@@ -53,15 +54,45 @@ def supports(op: str, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex | None)
         return f"batch {q.shape[0]} and {Lk} keys: the grid and positions are 16 and 31 bits"
     if index is not None and (index.kv_starts.shape[3] + 1) * index.block_k >= 2**31:
         return "lists of 2**31 keys or more"
-    if _interpreted():
+    if interpreted():
         # Its tl.dot multiplies the bits of bfloat16 as integers (triton 3.6 and 3.7).
         return "bfloat16 in triton's interpreter" if q.dtype == torch.bfloat16 else None
-    if q.device.type != "cuda":
-        return f"device {q.device.type}"
-    capability = _target(q.device.index).capability
+    return unfit_device(q)
+
+
+def unfit_device(x: Tensor) -> str | None:
+    """None if kernels can run on tensors where this one is, else the reason."""
+    if interpreted():
+        return None if x.device.type == "cpu" else f"device {x.device.type} in the interpreter"
+    if x.device.type != "cuda":
+        return f"device {x.device.type}"
+    capability = _target(x.device.index).capability
     if capability < _MIN_CAPABILITY:
         return f"compute capability {capability / 10}, older than {_MIN_CAPABILITY / 10}"
     return None
+
+
+def execute(launches: Iterable[Launch], device: torch.device) -> None:
+    """Runs launches one after the other on the current stream of the device."""
+    if interpreted():
+        for run in launches:
+            run()
+        return
+    with torch.cuda.device(device):
+        for run in launches:
+            run()
+
+
+def operator(name: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, which under torch.compile is one node of the graph, with the outputs of `fake`."""
+    op = torch.library.custom_op(f"lowcontext_triton::{name}", run, mutates_args=())
+    op.register_fake(fake)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # The dispatcher costs more than the plan: only a compiled graph pays for it.
+        return op(*args, **kwargs) if torch.compiler.is_compiling() else run(*args, **kwargs)
+
+    return call
 
 
 def sparse_attention(
@@ -131,15 +162,9 @@ def _run(
     if kv_num_blocks is not None and kv_starts is not None:
         index = BlockIndex(kv_num_blocks, kv_starts, (block_q, block_k), kv_num_columns, kv_columns)
     problem = launch.Problem(q, k, v, index, scale, softcap, window, kv_start)
-    if _interpreted():
-        launches, out, lse = launch.plan(problem, launch.Target(capability=80, processors=8))
-        for run in launches:
-            run()
-        return out, lse
-    with torch.cuda.device(q.device):
-        launches, out, lse = launch.plan(problem, _target(q.device.index))
-        for run in launches:
-            run()
+    target = launch.Target(80, 8) if interpreted() else _target(q.device.index)
+    launches, out, lse = launch.plan(problem, target)
+    execute(launches, q.device)
     return out, lse
 
 

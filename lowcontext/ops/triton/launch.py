@@ -68,6 +68,7 @@ class Launch:
     num_warps: int
     num_stages: int
     maxnreg: int | None = None
+    enable_fp_fusion: bool = True
 
     @property
     def options(self) -> dict[str, int | None]:
@@ -76,6 +77,7 @@ class Launch:
             "num_warps": self.num_warps,
             "num_stages": self.num_stages,
             "maxnreg": self.maxnreg,
+            "enable_fp_fusion": self.enable_fp_fusion,
         }
 
     def __call__(self) -> None:

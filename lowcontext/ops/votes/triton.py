@@ -1,0 +1,101 @@
+"""The Triton kernels of the scores and votes: lowcontext/ops/triton/scores.py."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowcontext.ops.triton import execute, operator, unfit_device
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_MAX_D = 256
+
+
+def supports(op: str, like: Tensor) -> str | None:
+    """None if the kernels take tensors like this one, else the reason they do not."""
+    if op == "topk":
+        return "it does not have this op"
+    if like.dtype not in _DTYPES:
+        return f"its kernels take fp32, bf16, fp16 and int8, the tensor is {like.dtype}"
+    if op != "soft_vote":
+        widest = 2 * _MAX_D if op == "page_scores" else _MAX_D
+        if like.shape[3] > widest:
+            return f"its kernels take rows of at most {widest}, got {like.shape[3]}"
+        if like.shape[3] > 1 and like.stride(3) != 1:
+            return f"its kernels take a contiguous last dim, the tensor has stride {like.stride(3)}"
+    if like.shape[0] >= 2**16:
+        return f"its kernels take a batch below {2**16}, got {like.shape[0]}"
+    return unfit_device(like)
+
+
+def _token_scores(
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor | None,
+    starts: Tensor | None,
+    width: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    from lowcontext.ops.triton import scores
+
+    q = q if q.stride(3) == 1 else q.contiguous()
+    launches, out, lse = scores.plan_token_scores(q, k, scales, starts, width, scale, causal)
+    execute(launches, q.device)
+    return out, lse
+
+
+def _soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+    from lowcontext.ops.triton.scores import plan_soft_vote
+
+    launches, votes = plan_soft_vote(scores.contiguous(), lse.contiguous(), heads)
+    execute(launches, scores.device)
+    return votes
+
+
+def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    from lowcontext.ops.triton import scores
+
+    launches, out = scores.plan_page_scores(q if q.stride(3) == 1 else q.contiguous(), bounds)
+    execute(launches, q.device)
+    return out
+
+
+def _quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    from lowcontext.ops.triton import scores
+
+    launches, small, scales = scores.plan_quantize_keys(k)
+    execute(launches, k.device)
+    return small, scales
+
+
+def _fake_token_scores(
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor | None,
+    starts: Tensor | None,
+    width: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    N = k.shape[2] if starts is None else starts.shape[2] * width
+    return q.new_empty(*q.shape[:3], N), q.new_empty(q.shape[:3])
+
+
+def _fake_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+    return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
+
+
+def _fake_page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    return q.new_empty(*q.shape[:3], bounds.shape[2])
+
+
+def _fake_quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    return k.new_empty(k.shape, dtype=torch.int8), k.new_empty(k.shape[:3], dtype=torch.float32)
+
+
+# See the functions of the same names in `lowcontext.ops.votes`.
+token_scores = operator("token_scores", _token_scores, _fake_token_scores)
+soft_vote = operator("soft_vote", _soft_vote, _fake_soft_vote)
+page_scores = operator("page_scores", _page_scores, _fake_page_scores)
+quantize_keys = operator("quantize_keys", _quantize_keys, _fake_quantize_keys)
