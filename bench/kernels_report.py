@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import score_kernels
-from bench.score_kernels import ScoreConfig
+from bench.score_kernels import BlockConfig, ScoreConfig, WindowConfig
 from lowcontext import BlockIndex
 from lowcontext.ops.triton.launch import Launch, Problem, Target, plan
 from lowcontext.ops.triton.resources import SHARED_LIMIT, Resources, compile_launch
@@ -81,6 +81,8 @@ class Config:
         return plan(problem, Target(capability, 132))[0]
 
 
+AnyConfig = Config | ScoreConfig | WindowConfig | BlockConfig
+
 REPRESENTATIVE = (
     Config("prefill", "bfloat16", 64, keys="tiles"),
     Config("prefill", "bfloat16", 128),
@@ -91,7 +93,7 @@ REPRESENTATIVE = (
 )
 
 
-def everything() -> Iterator[Config | ScoreConfig]:
+def everything() -> Iterator[AnyConfig]:
     """Every tile size of the tables, with the lists and features that change the code."""
     kinds = [("tiles", False), ("columns", True), ("pages", True), ("dense", True)]
     for keys, extras in kinds:
@@ -106,7 +108,7 @@ def everything() -> Iterator[Config | ScoreConfig]:
     yield from score_kernels.everything()
 
 
-def row(config: Config | ScoreConfig, launch: Launch, capability: int) -> dict[str, str | int]:
+def row(config: AnyConfig, launch: Launch, capability: int) -> dict[str, str | int]:
     """Compiles one launch and describes it."""
     resources = compile_launch(launch, capability)
     sizes = (launch.args.get(size) for size in ("BLOCK_M", "BLOCK_N", "BLOCK_S"))

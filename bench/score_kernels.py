@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcontext.ops.triton import scores
+from lowcontext.ops.triton import blocks, scores, window
 from lowcontext.ops.triton.launch import Launch
 
 _HKV, _GROUP, _N = 8, 4, 65536
@@ -50,6 +50,66 @@ class ScoreConfig:
         return scores.plan_token_scores(q, k, scales, starts, 16, 0.1, starts is None)[0]
 
 
+@dataclass(frozen=True)
+class WindowConfig:
+    """`last_window_scores` on tensors without memory: 32 query heads, 8 KV heads, 64K keys.
+
+    Args:
+        dtype, D: of q and k.
+        window: queries that vote.
+        softcap: of the logits, 0 for none.
+    """
+
+    dtype: str = "bfloat16"
+    D: int = 128
+    window: int = 64
+    softcap: float = 0.0
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        label = f"window {self.dtype} D={self.D} n={self.window}"
+        return f"{label} softcap" if self.softcap else label
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        dtype = getattr(torch, self.dtype)
+        q = _empty(1, _HKV * _GROUP, self.window, self.D, dtype=dtype)
+        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        return window.plan_window_scores(q, k, 0.1, self.softcap)[0]
+
+
+@dataclass(frozen=True)
+class BlockConfig:
+    """A block score on tensors without memory: 32 query heads, 8 KV heads, 64K queries and keys.
+
+    Args:
+        op: "means" or "antidiagonal".
+        dtype, D: of q and k.
+        stride, block: tokens per cell and per block.
+    """
+
+    op: str
+    dtype: str = "bfloat16"
+    D: int = 128
+    stride: int = 16
+    block: int = 128
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return f"{self.op} {self.dtype} D={self.D} stride={self.stride} block={self.block}"
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        dtype = getattr(torch, self.dtype)
+        q = _empty(1, _HKV * _GROUP, _N, self.D, dtype=dtype)
+        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        if self.op == "means":
+            return [blocks.plan_block_means(q, 0, self.block)[0]]
+        return [blocks.plan_antidiagonal_scores(q, k, self.stride, self.block, 0.1)[0]]
+
+
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
     ScoreConfig("tokens", "float32", R=32),
@@ -58,10 +118,15 @@ REPRESENTATIVE = (
     ScoreConfig("bounds"),
     ScoreConfig("vote", "float32"),
     ScoreConfig("quantize"),
+    WindowConfig(),
+    WindowConfig("float32"),
+    BlockConfig("means"),
+    BlockConfig("antidiagonal"),
+    BlockConfig("antidiagonal", "float32"),
 )
 
 
-def everything() -> Iterator[ScoreConfig]:
+def everything() -> Iterator[ScoreConfig | WindowConfig | BlockConfig]:
     """Every tile size with every kind of product."""
     for dtype in ("bfloat16", "float16", "float32", "int8"):
         for D in (64, 80, 128, 256):
@@ -72,6 +137,17 @@ def everything() -> Iterator[ScoreConfig]:
             if dtype != "int8":
                 yield ScoreConfig("quantize", dtype, D)
     yield ScoreConfig("vote", "float32")
+    for D in (64, 80, 128, 256):
+        for n in (1, 64, 128, 256):
+            yield WindowConfig("bfloat16", D, n)
+        yield WindowConfig("bfloat16", D, softcap=30.0)
+        yield WindowConfig("float32", D)
+    yield WindowConfig("float32", 256, 256)
+    for dtype in ("bfloat16", "float32"):
+        for D in (64, 80, 128, 256):
+            yield BlockConfig("means", dtype, D)
+            for stride in (1, 8, 16, 128):
+                yield BlockConfig("antidiagonal", dtype, D, stride)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

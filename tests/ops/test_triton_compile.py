@@ -18,7 +18,10 @@ import pytest
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
 
-KERNELS = {"prefill", "decode", "combine", "token_scores", "lse", "soft_vote", "quantize"}
+KERNELS = {
+    *("prefill", "decode", "combine", "token_scores", "lse", "soft_vote", "quantize"),
+    *("window_lse", "window_sums", "slash", "block_means", "antidiagonal"),
+}
 ROOT = Path(__file__).parents[2]
 
 

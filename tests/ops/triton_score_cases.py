@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops import votes
+from lowcontext.ops.block_scores import antidiagonal_scores, pooled_scores
+from lowcontext.ops.block_scores import triton as block_kernels
+from lowcontext.ops.vertical_slash import last_window_scores
+from lowcontext.ops.vertical_slash import triton as window_kernels
 from lowcontext.ops.votes import triton as vote_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -194,3 +198,118 @@ def test_the_fake_vote_ops_agree_with_the_real_ones() -> None:
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("G", "Lq", "Lk", "D", "window", "softcap"),
+    [
+        (1, 1, 1, 64, 64, None),
+        (7, 5, 70, 20, 64, None),
+        (2, 70, 200, 64, 64, 3.0),
+        (1, 65, 65, 128, 65, None),
+        (3, 17, 131, 32, 3, None),
+        (1, 130, 150, 256, 130, 5.0),
+    ],
+)
+def test_window_scores_equal_fp64(
+    dtype: torch.dtype, G: int, Lq: int, Lk: int, D: int, window: int, softcap: float | None
+) -> None:
+    q, k = poisoned(rand(2, 2 * G, Lq, D), dtype), poisoned(rand(2, 2, Lk, D, seed=1), dtype)
+    options = {"window": window, "scale": 0.3, "softcap": softcap}
+    ours = last_window_scores(q, k, **options, backend="triton")
+    plain = last_window_scores(q, k, **options, backend="reference")
+    exact = last_window_scores(q.double(), k.double(), **options, backend="reference")
+    for name, a, b, c in zip(("vertical", "slash"), ours, plain, exact, strict=True):
+        check(a, b, c, name)
+        assert torch.allclose(a.sum(-1), torch.full_like(a[..., 0], min(window, Lq)), rtol=1e-4)
+
+
+def test_the_window_op_traces_into_one_graph_with_its_fake() -> None:
+    q, k = rand(1, 4, 20, 16).to(DEVICE), rand(1, 2, 40, 16).to(DEVICE)
+
+    def scores(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        return window_kernels.last_window_scores(q, k, scale=0.25, softcap=0.0)
+
+    compiled = torch.compile(scores, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(q, k), scores(q, k), strict=True):
+        assert torch.equal(a, b)
+    op = torch.ops.lowcontext_triton.last_window_scores.default
+    options = {"scale": 0.25, "softcap": 0.0}
+    torch.library.opcheck(op, (q, k), options, test_utils=("test_schema", "test_faketensor"))
+
+
+BLOCK_SHAPES = [(1, 1), (64, 64), (130, 130), (30, 130), (33, 190)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Lq", "Lk"), BLOCK_SHAPES)
+@pytest.mark.parametrize(("block", "D"), [(64, 40), (24, 128)])
+def test_pooled_scores_equal_fp64(dtype: torch.dtype, Lq: int, Lk: int, block: int, D: int) -> None:
+    q, k = poisoned(rand(2, 4, Lq, D), dtype), poisoned(rand(2, 2, Lk, D, seed=1), dtype)
+    ours, plain = (
+        pooled_scores(q, k, block=block, scale=0.3, backend=name)
+        for name in ("triton", "reference")
+    )
+    exact = exact_pooled(q, k, block, 0.3)
+    check(ours, plain, exact, "pooled")
+
+
+def exact_pooled(q: Tensor, k: Tensor, block: int, scale: float) -> Tensor:
+    """fp64 products of the means over the tokens that exist, block by block."""
+    offset, Lk = k.shape[2] - q.shape[2], k.shape[2]
+    ends = range(offset // block * block + block, Lk + block, block)
+    means = [q[:, :, max(0, e - block - offset) : e - offset].double().mean(2) for e in ends]
+    keys = torch.stack([x.double().mean(2) for x in k.split(block, dim=2)], dim=2)
+    keys = keys.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    return scale * torch.stack(means, dim=2) @ keys.transpose(2, 3)
+
+
+def exact_antidiagonal(q: Tensor, k: Tensor, S: int, block: int, scale: float) -> Tensor:
+    """fp64: the softmax over visible key cells of antidiagonal sums of the logits, in blocks."""
+    Lq, Lk, G = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
+    offset, side = Lk - Lq, -(-Lk // block) * block
+    logits = torch.zeros(*q.shape[:2], side, side, dtype=torch.float64, device=q.device)
+    keys = k.double().repeat_interleave(G, 1).transpose(2, 3)
+    logits[:, :, offset:Lk, :Lk] = scale / S * q.double() @ keys
+    tiles = logits.unflatten(3, (-1, S)).unflatten(2, (-1, S)).transpose(3, 4)  # [.., a, b, S, S]
+    cells = tiles.flip(4).diagonal(dim1=4, dim2=5).sum(-1)
+    cell = torch.arange(side // S, device=q.device)
+    weights = cells.masked_fill(cell > cell[:, None], -torch.inf).softmax(-1)
+    exists = ((cell + 1) * S > offset) & (cell * S < Lk)
+    weights = torch.where(exists[:, None], weights, 0.0)
+    blocks = weights.unflatten(3, (-1, block // S)).sum(-1).unflatten(2, (-1, block // S)).sum(3)
+    return blocks[:, :, offset // block :]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("Lq", "Lk"), BLOCK_SHAPES)
+@pytest.mark.parametrize(("stride", "block", "D"), [(4, 32, 32), (8, 24, 20), (1, 130, 16)])
+def test_antidiagonal_scores_equal_fp64(
+    dtype: torch.dtype, Lq: int, Lk: int, stride: int, block: int, D: int
+) -> None:
+    q, k = poisoned(rand(2, 4, Lq, D), dtype), poisoned(rand(2, 2, Lk, D, seed=1), dtype)
+    options = {"stride": stride, "block": block, "scale": 0.7}
+    ours = antidiagonal_scores(q, k, **options, backend="triton")
+    plain = antidiagonal_scores(q, k, **options, backend="reference")
+    exact = exact_antidiagonal(q, k, stride, block, 0.7)
+    # A score is a sum of up to 130 weights, and 1e-5 less than one ulp of 130: compare their mean.
+    cells = block // stride
+    check(ours / cells, plain / cells, exact / cells, "antidiagonal")
+
+
+def test_the_block_ops_trace_into_one_graph_with_their_fakes() -> None:
+    q, k = rand(1, 4, 20, 16).to(DEVICE), rand(1, 2, 40, 16).to(DEVICE)
+
+    def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        pooled = block_kernels.pooled_scores(q, k, block=16, scale=0.5)
+        return pooled, block_kernels.antidiagonal_scores(q, k, stride=4, block=16, scale=0.5)
+
+    compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(q, k), both(q, k), strict=True):
+        assert torch.equal(a, b)
+    ops, tests = torch.ops.lowcontext_triton, ("test_schema", "test_faketensor")
+    options = {"block": 16, "scale": 0.5}
+    torch.library.opcheck(ops.pooled_scores.default, (q, k), options, test_utils=tests)
+    options |= {"stride": 4}
+    torch.library.opcheck(ops.antidiagonal_scores.default, (q, k), options, test_utils=tests)
