@@ -214,6 +214,7 @@ class _Call:
             )
         context.rotary = None if settings.rotary is None else settings.rotary.facts()
         context.observe = settings.observe
+        context.reduce = settings.reduce
         return context
 
     def _refuse_training(self, q: Tensor, k: Tensor, v: Tensor) -> None:

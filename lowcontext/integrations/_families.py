@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from lowcontext.integrations._parallel import RankSum
 from lowcontext.integrations._rotary import RotarySource, rotary_source
 from lowcontext.methods import Method, method_class
 
@@ -37,6 +38,7 @@ class LayerSettings:
         density: counts what is read, while someone measures.
         rotary: where the frequencies are, for methods that move keys.
         observe: takes figures of selections, while someone measures.
+        reduce: sums over the ranks that hold the other heads, under tensor parallelism.
     """
 
     method: Method
@@ -50,6 +52,7 @@ class LayerSettings:
     density: Density | None = None
     rotary: RotarySource | None = None
     observe: Callable[[dict[str, Tensor]], None] | None = None
+    reduce: RankSum | None = None
 
 
 def text_model(model: nn.Module) -> PreTrainedModel:
@@ -112,11 +115,11 @@ def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 
 
 def make_settings(
-    modules: list[nn.Module], model: PreTrainedModel, method: Method
+    modules: list[nn.Module], model: PreTrainedModel, method: Method, reduce: RankSum | None
 ) -> list[LayerSettings]:
     """The settings of each attention module of `model`."""
     windows = layer_windows(model.config)
-    settings = [_settings_of(module, model, method, windows) for module in modules]
+    settings = [_settings_of(module, model, method, windows, reduce) for module in modules]
     if all(s.window for s in settings) and not isinstance(method, method_class("dense")):
         warnings.warn(
             f"every layer of {type(model).__name__} has a sliding window and stays dense: "
@@ -128,7 +131,11 @@ def make_settings(
 
 
 def _settings_of(
-    module: nn.Module, model: PreTrainedModel, method: Method, windows: dict[int, int]
+    module: nn.Module,
+    model: PreTrainedModel,
+    method: Method,
+    windows: dict[int, int],
+    reduce: RankSum | None,
 ) -> LayerSettings:
     config = model.config
     parameters = list(inspect.signature(type(module).forward).parameters)[1:]  # without self
@@ -145,6 +152,7 @@ def _settings_of(
         cache_position=parameters.index(cache_name),
         previous=config._attn_implementation,
         rotary=rotary_source(model, module) if method.moves_keys and not window else None,
+        reduce=reduce,
     )
 
 

@@ -26,6 +26,7 @@ from lowcontext.integrations._families import (
     text_model,
 )
 from lowcontext.integrations._masks import mask_function
+from lowcontext.integrations._parallel import rank_sum
 from lowcontext.methods import Method, combine
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -157,7 +158,7 @@ def patched(
 def _attach(
     model: nn.Module, target: PreTrainedModel, modules: list[nn.Module], method: Method
 ) -> None:
-    settings = make_settings(modules, target, method)
+    settings = make_settings(modules, target, method, rank_sum(model))
     target.set_attn_implementation(NAME)
     # transformers only logs a warning for a class that does not use the interface.
     ignored = [m for m in modules if getattr(m, "config", None) is not target.config]

@@ -101,8 +101,8 @@ class LayerContext:
         rotary: how the model rotates, or None where it does not, or in a way with no fixed
             frequencies.
         observe: takes named figures of a selection, while someone measures; else None.
-        reduce: sums a tensor over the ranks that hold the other heads of this layer (tensor
-            parallel); None where one rank has them all.
+        reduce: sums a tensor, in place, over the ranks that hold the other heads of this layer
+            (tensor parallel); None where one rank has them all. Every rank must call it alike.
     """
 
     layer_idx: int = 0

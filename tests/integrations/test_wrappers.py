@@ -178,22 +178,38 @@ import lowcontext
 
 torch.set_num_threads(1)
 path = sys.argv[1]
-sparse = {"sink": 2, "window": 8, "block_q": 8, "block_k": 8}
-ids = prompt(40)
+ids = prompt(60)
 model = LlamaForCausalLM.from_pretrained(path, tp_plan="auto").eval()
 assert dist.get_world_size() == 2
-seen = []
-module = model.model.layers[0].self_attn
-for method, options in (("dense", {}), ("streaming_llm", sparse)):
-    alone = LlamaForCausalLM.from_pretrained(path).eval()
-    lowcontext.patch_model(alone, method, **options)
-    expected, tokens = logits(alone, ids), greedy(alone, ids)
+cache = model(input_ids=ids[:, :8].clone(), use_cache=True).past_key_values
+assert cache.layers[0].keys.shape[1] == 1, "expected local heads"
+
+select = {"k": 6, "sink": 2, "local": 4, "chunk": 8, "tail": 4, "page": 2, "coarse": 2}
+runs = [("dense", {}), ("streaming_llm", {"sink": 2, "window": 8, "block_q": 8, "block_k": 8})]
+for scope in ("layer", "kv_head"):
+    for scoring in ("exact", "int8", "pages"):
+        runs.append(("tokenselect", {**select, "scope": scope, "scoring": scoring}))
+    for cosine, threshold in (("head", 0.3), ("layer", 0.6)):
+        cache = {"cache_cosine": cosine, "cache_threshold": threshold, "scoring": "exact"}
+        runs.append(("tokenselect", {**select, **cache, "scope": scope}))
+runs += [
+    ("recycled", {"k": 6, "threshold": 0.3}),
+    ("tidaldecode", {"k": 6, "select_layers": [0]}),
+    ("quest", {"budget": 16, "page": 4, "dense_layers": 0}),
+]
+for method, options in runs:
+    alone = lowcontext.patch_model(LlamaForCausalLM.from_pretrained(path).eval(), method, **options)
     with lowcontext.patched(model, method, **options):
-        torch.testing.assert_close(logits(model, ids), expected, rtol=0, atol=1e-5)
-        assert torch.equal(greedy(model, ids), tokens)
-        cache = model(input_ids=ids[:, :8].clone(), use_cache=True) if method == "dense" else None
-    if cache is not None:
-        assert cache.past_key_values.layers[0].keys.shape[1] == 1, "expected local heads"
+        torch.testing.assert_close(logits(model, ids), logits(alone, ids), rtol=0, atol=1e-5)
+        seen = []
+        for each in (model, alone):
+            with lowcontext.measure_selection(each) as selection:
+                tokens = greedy(each, ids, new=24, min_new_tokens=24)
+            steps = selection.count("cache_hits")
+            seen.append((tokens.tolist(), steps and selection.mean("cache_hits")))
+    assert seen[0] == seen[1], (method, options, seen)
+    if "cache_threshold" in options or method == "recycled":
+        assert 0 < seen[0][1] < 1, (method, options, seen[0])
 print("rank", dist.get_rank(), "passed")
 dist.destroy_process_group()
 """
