@@ -5,13 +5,12 @@
 #include <vector>
 
 #include "../ops.h"
+#include "items.h"
 #include "launch.h"
 #include "vec.h"
 
 namespace lowcontext {
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Halvings of a piece of x keys until every part is one key.
 int64_t halvings(int64_t x) {
@@ -390,22 +389,10 @@ void Task::stage(const Stage& stage) {
 
 template <typename Run>
 void run_tasks(const Search& search, const Run& run) {
-  const int64_t tasks = search.problem.batch * search.lists * search.blocks();
-  int64_t counter = 0;
-  const auto work = [&](int64_t, int64_t) {
-    while (true) {
-      const int64_t i = __atomic_fetch_add(&counter, 1, __ATOMIC_RELAXED);
-      if (i >= tasks) return;
-      Task task(search, i);
-      run(task);
-    }
-  };
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
-  if (threads <= 1) {
-    work(0, 1);
-  } else {
-    torch::stable::parallel_for(0, threads, 1, work);
-  }
+  run_items(search.problem.batch * search.lists * search.blocks(), false, [&](int64_t i) {
+    Task task(search, i);
+    run(task);
+  });
 }
 
 }  // namespace

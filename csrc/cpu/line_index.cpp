@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "../ops.h"
+#include "items.h"
 
 namespace lowcontext {
 namespace {
@@ -87,14 +88,8 @@ Lists line_index(const Tensor& vertical, const Tensor& slash, int64_t q_len, int
     all_counts[i] = out.num_starts;
     all_column_counts[i] = out.num_columns;
   };
-  const auto run = [](int64_t items, const auto& work) {
-    if (items == 0) return;
-    torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) work(i);
-    });
-  };
-  run(batch * heads, compact);
-  run(batch * heads * blocks, list);
+  run_items(batch * heads, false, compact);
+  run_items(batch * heads * blocks, false, list);
   return {counts, starts, column_counts, listed};
 }
 

@@ -12,8 +12,6 @@ constexpr int64_t kLanes = 256;
 constexpr int64_t kSplitItems = 128;
 constexpr int64_t kSplitKeys = 256;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // The length of the longest list, in keys.
 int64_t longest_list(const Problem& p) {
   if (!p.sparse) return p.window > 0 ? std::min(p.kv_len, p.window + p.q_len) : p.kv_len;

@@ -26,8 +26,6 @@ constexpr int64_t kItemKeys = 1024;
 constexpr int64_t kSmallBytes = int64_t{1} << 18;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 KeyType key_type(const Tensor& k) {
   switch (k.scalar_type()) {
     case ScalarType::Float:

@@ -24,8 +24,6 @@ using torch::headeronly::ScalarType;
 constexpr int64_t kItemEntries = 4096;
 constexpr int64_t kSmallEntries = 16384;
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 Tensor soft_vote(const Tensor& scores, const Tensor& lse, int64_t heads) {
   LC_CHECK(scores.is_cpu() && lse.is_cpu(), "scores", "CPU tensors", "another device");
   LC_CHECK(scores.dim() == 4 && scores.is_contiguous() && scores.scalar_type() == ScalarType::Float,

@@ -5,6 +5,7 @@
 #include "../common/window_scores.h"
 #include "../ops.h"
 #include "arguments.h"
+#include "items.h"
 #include "launch.h"
 
 namespace lowcontext {
@@ -44,14 +45,6 @@ void merge_parts(const WindowScores& w, int64_t head, int64_t g) {
         std::min(w.chunk_end(c) - c * WindowScores::kChunk + w.window - 1, w.kv_len - base);
     for (int64_t i = std::max<int64_t>(0, -base); i < stop; ++i) slash[base + i] += part[i];
   }
-}
-
-template <typename Work>
-void parallel(int64_t items, const Work& work) {
-  if (items == 0) return;
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) work(i);
-  });
 }
 
 Outputs last_window_scores(const Tensor& q, const Tensor& k, double scale, double softcap) {
@@ -94,18 +87,18 @@ Outputs last_window_scores(const Tensor& q, const Tensor& k, double scale, doubl
   w.slash = data(slash);
   if (w.logits != nullptr) prefer_huge_pages(w.logits, static_cast<size_t>(kept) * 4);
 
-  parallel(heads, [&](int64_t i) { kernels.window_pack(w, i / w.kv_heads, i % w.kv_heads); });
+  run_items(heads, false, [&](int64_t i) { kernels.window_pack(w, i / w.kv_heads, i % w.kv_heads); });
   const int64_t items = heads * w.chunks();
   const auto each = [&](void (*run)(const WindowScores&, int64_t, int64_t, int64_t)) {
-    parallel(items, [&](int64_t i) {
+    run_items(items, false, [&](int64_t i) {
       const int64_t head = i / w.chunks();
       run(w, head / w.kv_heads, head % w.kv_heads, i % w.chunks());
     });
   };
   each(kernels.window_scan);
-  parallel(heads, [&](int64_t i) { combine_chunks(w, i); });
+  run_items(heads, false, [&](int64_t i) { combine_chunks(w, i); });
   each(kernels.window_add);
-  parallel(heads * w.group, [&](int64_t i) { merge_parts(w, i / w.group, i % w.group); });
+  run_items(heads * w.group, false, [&](int64_t i) { merge_parts(w, i / w.group, i % w.group); });
   return {vertical, slash};
 }
 
