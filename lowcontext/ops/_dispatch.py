@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -15,15 +13,9 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.ops import native, reference, triton
 
-OPS = ("attention", "sparse_attention")
-
-# In order of preference. `reference` is last and, on a GPU, never chosen by "auto".
-_MODULES = {
-    "native": "lowcontext.ops.native",
-    "triton": "lowcontext.ops.triton",
-    "reference": "lowcontext.ops.reference",
-}
+_NOT_ON_GPU = "never chosen silently on a GPU; pass backend='reference' to use it"
 
 
 @dataclass(frozen=True)
@@ -54,33 +46,28 @@ class Backend:
         return self.module.attention(*args, **kwargs)
 
 
-# Filled by `_load`. A plain dict: torch.compile reads it while tracing, and cannot guard an object
-# that a function assumed constant returns.
-_LOADED: dict[str, Backend] = {}
-
-
-@torch.compiler.assume_constant_result
-def _load(name: str) -> bool:
-    if name not in _LOADED:
-        _LOADED[name] = Backend(name, importlib.import_module(_MODULES[name]))
-    return True
+# In order of preference. `reference` is last and, on a GPU, never chosen by "auto".
+_BACKENDS = {
+    "native": Backend("native", native),
+    "triton": Backend("triton", triton),
+    "reference": Backend("reference", reference),
+}
 
 
 @cache
 def _status(name: str) -> str | None:
-    return backend_named(name).module.status()
+    return _BACKENDS[name].module.status()
 
 
 def backend_named(name: str) -> Backend:
-    """The backend, its module imported on first use.
+    """The backend of this name.
 
     Raises:
         ValueError: `name` is not a backend.
     """
-    if name not in _MODULES:
-        raise ValueError(f"backend: expected 'auto' or one of {list(_MODULES)}, got {name!r}")
-    _load(name)
-    return _LOADED[name]
+    if name not in _BACKENDS:
+        raise ValueError(f"backend: expected 'auto' or one of {list(_BACKENDS)}, got {name!r}")
+    return _BACKENDS[name]
 
 
 @torch.compiler.assume_constant_result
@@ -112,12 +99,11 @@ def select(
                 "or use backend='reference' for gradients"
             )
         return named
-    reasons: dict[str, str | None] = {}
-    for name in _MODULES:
+    reasons: dict[str, str] = {}
+    for name, candidate in _BACKENDS.items():
         if name == "reference" and q.device.type != "cpu" and not grad:
-            reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
+            reasons[name] = _NOT_ON_GPU
             continue
-        candidate = backend_named(name)
         reason = candidate.supports(op, q, k, v, index)
         if not reason and grad and name != "reference":
             reason = "inference only, and a gradient is required"
@@ -126,25 +112,19 @@ def select(
                 _warn_slow(reasons)
             return candidate
         reasons[name] = reason
-    listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(f"no backend can run {op}: {listing}")
+    raise _none_runs(op, reasons)
 
 
-@cache
-def _family_module(family: str, name: str) -> ModuleType | None:
-    path = f"lowcontext.ops.{family}.{name}"
-    return importlib.import_module(path) if importlib.util.find_spec(path) else None
-
-
-def implementation(family: str, op: str, backend: str, like: Tensor) -> Callable[..., Any]:
+def implementation(
+    family: Mapping[str, ModuleType], op: str, backend: str, like: Tensor
+) -> Callable[..., Any]:
     """The function that runs a score or select op on tensors like `like`.
 
-    The ops of a family live in the package `lowcontext.ops.<family>`, one module per backend that
-    has them: functions named as the ops, and `supports(op, like) -> reason | None`. On a GPU "auto"
-    takes a `reference` only where that module says `FIT_FOR_GPU = True`: a few large PyTorch calls.
-
     Args:
-        family: the package; op: the function in it.
+        family: backend name -> module with functions named as the ops, and
+            `supports(op, like) -> reason | None`. On a GPU "auto" takes a `reference` only where
+            that module says `FIT_FOR_GPU = True`: a few large PyTorch calls.
+        op: the function in it.
         backend: "auto" or a backend's name.
         like: the tensor whose device and dtype decide.
 
@@ -153,27 +133,30 @@ def implementation(family: str, op: str, backend: str, like: Tensor) -> Callable
         RuntimeError: the named backend, or with "auto" every backend, cannot run it; the message
             lists each reason.
     """
-    if backend != "auto":
-        backend_named(backend)
+    names = tuple(_BACKENDS) if backend == "auto" else (backend_named(backend).name,)
     reasons: dict[str, str] = {}
-    for name in _MODULES if backend == "auto" else (backend,):
-        module = _family_module(family, name)
-        if module is None:
+    for name in names:
+        if name not in family:
             reasons[name] = "it does not have this op"
             continue
+        module = family[name]
         silent = like.device.type in ("cpu", "meta") or getattr(module, "FIT_FOR_GPU", False)
         if backend == "auto" and name == "reference" and not silent:
-            reasons[name] = "never chosen silently on a GPU; pass backend='reference' to use it"
+            reasons[name] = _NOT_ON_GPU
             continue
         reason = unusable(name) or module.supports(op, like)
         if not reason:
             return getattr(module, op)
         reasons[name] = reason
+    raise _none_runs(op, reasons)
+
+
+def _none_runs(op: str, reasons: dict[str, str]) -> RuntimeError:
     listing = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-    raise RuntimeError(f"no backend can run {op}: {listing}")
+    return RuntimeError(f"no backend can run {op}: {listing}")
 
 
-def _warn_slow(reasons: dict[str, str | None]) -> None:
+def _warn_slow(reasons: dict[str, str]) -> None:
     native = reasons.get("native")
     if native == unusable("native"):
         warnings.warn(
@@ -185,4 +168,4 @@ def _warn_slow(reasons: dict[str, str | None]) -> None:
 
 def table() -> list[tuple[str, str | None]]:
     """(backend name, reason it is unusable on this machine or None): what `info` prints."""
-    return [(name, unusable(name)) for name in _MODULES]
+    return [(name, unusable(name)) for name in _BACKENDS]

@@ -6,8 +6,10 @@ has is picked at run time. Formulas and layouts are in csrc/cpu/panel.h and csrc
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,6 +126,21 @@ def require_library() -> None:
     reason = status()
     if reason:
         raise RuntimeError(f"native backend: {reason}")
+
+
+def loader(fakes: Mapping[str, Callable[..., Any]]) -> Callable[[], None]:
+    """A function that loads the extension and registers fakes of its ops, by name, at first use."""
+
+    @cache
+    def register() -> None:
+        require_library()
+        for name, fake in fakes.items():
+            torch.library.register_fake(f"lowcontext::{name}", fake)
+
+    def load() -> None:
+        register()
+
+    return torch.compiler.assume_constant_result(load)
 
 
 def _fake_outputs(q: Tensor) -> tuple[Tensor, Tensor]:

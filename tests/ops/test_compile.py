@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from torch import Tensor
 
 from lowcontext import BlockIndex, attention, sparse_attention
+from lowcontext.ops import block_scores, hierarchy, vertical_slash, votes
 
 
 def test_ops_compile_into_one_graph() -> None:
@@ -20,3 +24,41 @@ def test_ops_compile_into_one_graph() -> None:
         torch._dynamo.reset()
         compiled = torch.compile(op, fullgraph=True, backend="eager")
         assert torch.equal(compiled(q, k, v), op(q, k, v))
+
+
+def votes_of(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    scores, lse = votes.token_scores(q[:, :, -1:], k)
+    small, scales = votes.quantize_keys(k)
+    rough, _ = votes.token_scores(q[:, :, -1:], small, scales=scales)
+    return (*votes.topk(votes.soft_vote(scores, lse, heads=2), 8), rough)
+
+
+def lines_of(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    vertical, slash = vertical_slash.last_window_scores(q, k)
+    index = vertical_slash.line_index(vertical > 0.3, slash > 0.5, q.shape[2], k.shape[2])
+    return vertical, slash, sparse_attention(q, k, k, index)
+
+
+TREE, STAGES = hierarchy.TreeOptions(), hierarchy.StageOptions()
+
+
+def searched(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    tree = hierarchy.hip_tree(q, k, TREE)
+    stages = hierarchy.hip_stages(q, k, STAGES)[0]
+    return sparse_attention(q, k, k, tree), sparse_attention(q, k, k, stages)
+
+
+def pooled(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    return (block_scores.pooled_scores(q, k, block=16),)
+
+
+@pytest.mark.parametrize("op", [votes_of, lines_of, searched, pooled])
+def test_score_and_select_ops_compile_into_one_graph(
+    op: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 4, 400, 16, generator=generator), torch.randn(1, 2, 400, 16)
+    torch._dynamo.reset()
+    compiled = torch.compile(op, fullgraph=True, backend="aot_eager")
+    for ours, plain in zip(compiled(q, k), op(q, k), strict=True):
+        assert torch.equal(ours, plain)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
+from lowcontext.ops.block_scores import reference, triton
 
 __all__ = ["antidiagonal_scores", "pooled_scores"]
 
-_FAMILY = "block_scores"
+_BACKENDS = {"triton": triton, "reference": reference}
 
 
 def pooled_scores(
@@ -48,7 +49,7 @@ def pooled_scores(
     """
     _checks.check_qkv(q, k, k)
     _expect_block("block", block)
-    run = _dispatch.implementation(_FAMILY, "pooled_scores", backend, q)
+    run = _dispatch.implementation(_BACKENDS, "pooled_scores", backend, q)
     return run(q, k, block=block, scale=_checks.check_scale(scale, q.shape[3]))
 
 
@@ -96,7 +97,7 @@ def antidiagonal_scores(
     _expect_block("block", block)
     if block % stride:
         raise ValueError(f"block: expected a multiple of stride={stride}, got {block}")
-    run = _dispatch.implementation(_FAMILY, "antidiagonal_scores", backend, q)
+    run = _dispatch.implementation(_BACKENDS, "antidiagonal_scores", backend, q)
     return run(q, k, stride=stride, block=block, scale=_checks.check_scale(scale, q.shape[3]))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.ops import _checks, _dispatch
+from lowcontext.ops.hierarchy import native, reference
 from lowcontext.ops.hierarchy.options import SearchOptions, Stage, StageOptions, TreeOptions
 
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "hip_stages",
     "hip_tree",
 ]
+
+_BACKENDS = {"native": native, "reference": reference}
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +79,7 @@ def hip_tree(
         [[[22], [22]]]
     """
     _check(q, k, options, TreeOptions, ahead=ahead)
-    counts, starts = _dispatch.implementation("hierarchy", "hip_tree", backend, q)(
+    counts, starts = _dispatch.implementation(_BACKENDS, "hip_tree", backend, q)(
         q, k, options, ahead
     )
     return BlockIndex(counts, starts, (options.block_q, options.block_k))
@@ -141,7 +144,7 @@ def hip_stages(
         )
     if behind and not kept:
         raise ValueError(f"behind: expected 0 without kept, got {behind}")
-    run = _dispatch.implementation("hierarchy", "hip_stage", backend, q)
+    run = _dispatch.implementation(_BACKENDS, "hip_stage", backend, q)
     results = [(chunks.counts, chunks.starts) for chunks in kept]
     for number in range(len(kept), len(options.stages)):
         before = results[-1] if results else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -89,14 +87,6 @@ def _layout(q: Tensor, k: Tensor, options: SearchOptions, picks: int) -> tuple[i
     return options.block_q, options.block_k, options.sink, options.window, picks, lists
 
 
-@cache
-@torch.compiler.assume_constant_result
-def _load() -> None:
-    native.require_library()
-    torch.library.register_fake("lowcontext::hip_tree", _fake_tree)
-    torch.library.register_fake("lowcontext::hip_stage", _fake_stage)
-
-
 def _fake(q: Tensor, k: Tensor, block_q: int, lists: int, width: int) -> tuple[Tensor, Tensor]:
     _, Nq = BlockIndex.query_blocks(q.shape[2], k.shape[2], block_q)
     shape = (q.shape[0], lists, Nq)
@@ -119,3 +109,6 @@ def _fake_tree(
 
 
 _fake_stage = _fake_tree
+
+
+_load = native.loader({"hip_tree": _fake_tree, "hip_stage": _fake_stage})

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -32,7 +30,7 @@ def last_window_scores(
     q: Tensor, k: Tensor, *, scale: float, softcap: float
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.vertical_slash.last_window_scores`; q is the window [B, Hq, n, D]."""
-    _register()
+    _load()
     return torch.ops.lowcontext.last_window_scores(q, k, scale, softcap)
 
 
@@ -47,15 +45,8 @@ def line_index(
     dense_from: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `lowcontext.ops.vertical_slash.line_index`; returns the four tensors of the index."""
-    _register()
+    _load()
     return torch.ops.lowcontext.line_index(vertical, slash, Lq, block, tiles, columns, dense_from)
-
-
-@cache
-def _register() -> None:
-    native.require_library()
-    torch.library.register_fake("lowcontext::last_window_scores", _fake_scores)
-    torch.library.register_fake("lowcontext::line_index", _fake_index)
 
 
 def _fake_scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
@@ -80,3 +71,6 @@ def _fake_index(
 
     counts = empty(B, H, Nq), empty(B, H, Nq)
     return counts[0], empty(B, H, Nq, tiles), counts[1], empty(B, H, Nq, columns)
+
+
+_load = native.loader({"last_window_scores": _fake_scores, "line_index": _fake_index})

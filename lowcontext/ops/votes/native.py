@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
-from lowcontext.ops.native import require_library
+from lowcontext.ops.native import loader
+from lowcontext.ops.votes import _fakes
 
+_load = loader(
+    {
+        "token_scores": _fakes.token_scores,
+        "soft_vote": _fakes.soft_vote,
+        "topk": _fakes.topk,
+        "page_scores": _fakes.page_scores,
+        "quantize_keys": _fakes.quantize_keys,
+    }
+)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
@@ -62,49 +70,3 @@ def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.quantize_keys`."""
     _load()
     return torch.ops.lowcontext.quantize_keys(k)
-
-
-def _load() -> None:
-    require_library()
-    _register_fakes()
-
-
-@cache
-def _register_fakes() -> None:
-    register = torch.library.register_fake
-    register("lowcontext::token_scores", _fake_token_scores)
-    register("lowcontext::soft_vote", _fake_soft_vote)
-    register("lowcontext::topk", _fake_topk)
-    register("lowcontext::page_scores", _fake_page_scores)
-    register("lowcontext::quantize_keys", _fake_quantize_keys)
-
-
-def _fake_token_scores(
-    q: Tensor,
-    k: Tensor,
-    scales: Tensor | None,
-    starts: Tensor | None,
-    width: int,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    N = k.shape[2] if starts is None else starts.shape[2] * width
-    return q.new_empty(*q.shape[:3], N), q.new_empty(q.shape[:3])
-
-
-def _fake_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
-    return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
-
-
-def _fake_topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
-    rows, N = scores.shape
-    ids = scores.new_empty((rows, min(k, N)), dtype=torch.int32)
-    return ids, scores.new_empty((rows,), dtype=torch.int32)
-
-
-def _fake_page_scores(q: Tensor, bounds: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], bounds.shape[2])
-
-
-def _fake_quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(k, dtype=torch.int8), k.new_empty(k.shape[:3], dtype=torch.float32)

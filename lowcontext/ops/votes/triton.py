@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.triton import execute, operator, unfit_device
+from lowcontext.ops.votes import _fakes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _MAX_D = 256
@@ -69,33 +70,8 @@ def _quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
     return small, scales
 
 
-def _fake_token_scores(
-    q: Tensor,
-    k: Tensor,
-    scales: Tensor | None,
-    starts: Tensor | None,
-    width: int,
-    scale: float,
-    causal: bool,
-) -> tuple[Tensor, Tensor]:
-    N = k.shape[2] if starts is None else starts.shape[2] * width
-    return q.new_empty(*q.shape[:3], N), q.new_empty(q.shape[:3])
-
-
-def _fake_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
-    return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
-
-
-def _fake_page_scores(q: Tensor, bounds: Tensor) -> Tensor:
-    return q.new_empty(*q.shape[:3], bounds.shape[2])
-
-
-def _fake_quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
-    return k.new_empty(k.shape, dtype=torch.int8), k.new_empty(k.shape[:3], dtype=torch.float32)
-
-
 # See the functions of the same names in `lowcontext.ops.votes`.
-token_scores = operator("token_scores", _token_scores, _fake_token_scores)
-soft_vote = operator("soft_vote", _soft_vote, _fake_soft_vote)
-page_scores = operator("page_scores", _page_scores, _fake_page_scores)
-quantize_keys = operator("quantize_keys", _quantize_keys, _fake_quantize_keys)
+token_scores = operator("token_scores", _token_scores, _fakes.token_scores)
+soft_vote = operator("soft_vote", _soft_vote, _fakes.soft_vote)
+page_scores = operator("page_scores", _page_scores, _fakes.page_scores)
+quantize_keys = operator("quantize_keys", _quantize_keys, _fakes.quantize_keys)

@@ -1,0 +1,42 @@
+"""Shapes and dtypes of what the ops return, for tracing: the same for every backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def token_scores(
+    q: Tensor,
+    k: Tensor,
+    scales: Tensor | None,
+    starts: Tensor | None,
+    width: int,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Shapes of `lowcontext.ops.votes.token_scores`."""
+    N = k.shape[2] if starts is None else starts.shape[2] * width
+    return q.new_empty(*q.shape[:3], N), q.new_empty(q.shape[:3])
+
+
+def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+    """Shapes of `lowcontext.ops.votes.soft_vote`."""
+    return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
+
+
+def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Shapes of `lowcontext.ops.votes.topk`."""
+    rows, N = scores.shape
+    ids = scores.new_empty((rows, min(k, N)), dtype=torch.int32)
+    return ids, scores.new_empty((rows,), dtype=torch.int32)
+
+
+def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+    """Shapes of `lowcontext.ops.votes.page_scores`."""
+    return q.new_empty(*q.shape[:3], bounds.shape[2])
+
+
+def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+    """Shapes of `lowcontext.ops.votes.quantize_keys`."""
+    return k.new_empty(k.shape, dtype=torch.int8), k.new_empty(k.shape[:3], dtype=torch.float32)
