@@ -20,6 +20,11 @@ from rich.progress import (
 console = Console()
 
 ModelArg = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")]
+MethodsOpt = Annotated[str, typer.Option(help="Comma-separated names, each with its defaults.")]
+MethodOpt = Annotated[
+    list[str] | None,
+    typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
+]
 DtypeOpt = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
 ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]

@@ -15,6 +15,8 @@ from lowcontext._cli_console import (
     ChunkOpt,
     DeviceOpt,
     DtypeOpt,
+    MethodOpt,
+    MethodsOpt,
     ModelArg,
     console,
     errors,
@@ -25,13 +27,8 @@ from lowcontext.methods import Method
 
 def ruler(
     model: ModelArg,
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated names, each with its defaults.")
-    ] = "",
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
-    ] = None,
+    methods: MethodsOpt = "",
+    method: MethodOpt = None,
     lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "4k,8k,16k",
     tasks: Annotated[str, typer.Option(help="Comma-separated; default: all there is.")] = "",
     samples: Annotated[int, typer.Option(help="Prompts per length and task.", min=1)] = 5,
@@ -55,8 +52,7 @@ def ruler(
     from lowcontext.eval import ruler as suite
 
     with errors():
-        names = [*filter(None, methods.split(",")), *(method or [])]
-        chosen = [parse.method(name) for name in names or ["dense"]]
+        chosen = parse.methods(methods, method)
         run = suite.RulerRun(
             lengths=parse.lengths(lengths),
             tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),

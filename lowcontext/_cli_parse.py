@@ -41,6 +41,16 @@ def method(spec: str) -> Method:
     return get_method(name.strip(), **options)
 
 
+def methods(names: str, given: Sequence[str] | None) -> list[Method]:
+    """The methods of `--methods a,b` and of every `-m`; dense if there is none.
+
+    Raises:
+        ValueError, TypeError: as `method`.
+    """
+    specs = [*filter(None, names.split(",")), *(given or [])]
+    return [method(spec) for spec in specs or ["dense"]]
+
+
 def lengths(text: str) -> tuple[int, ...]:
     """Token counts from text such as "1k,4096,128k"; k is 1024."""
     values = []

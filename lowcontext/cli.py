@@ -15,6 +15,8 @@ from lowcontext._cli_console import (
     ChunkOpt,
     DeviceOpt,
     DtypeOpt,
+    MethodOpt,
+    MethodsOpt,
     ModelArg,
     console,
     errors,
@@ -149,13 +151,8 @@ def generate(
 @app.command()
 def needle(
     model: ModelArg,
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated names, each with its defaults.")
-    ] = "",
-    method: Annotated[
-        list[str] | None,
-        typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
-    ] = None,
+    methods: MethodsOpt = "",
+    method: MethodOpt = None,
     lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "1k,4k,16k",
     depths: Annotated[int, typer.Option(help="Depths from 0 to 100%.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.", min=1)] = 1,
@@ -184,9 +181,7 @@ def needle(
     from lowcontext import eval as evaluation
 
     with errors():
-        chosen = [parse.method(s) for s in [*filter(None, methods.split(",")), *(method or [])]]
-        if not chosen:
-            chosen = [parse.method("dense")]
+        chosen = parse.methods(methods, method)
         grid = evaluation.NeedleGrid(
             lengths=parse.lengths(lengths),
             depths=parse.depth_grid(depths),

@@ -145,6 +145,21 @@ class Answerer:
         return dict(self.stats()) if self.stats else {}
 
 
+def check_counts(lengths: tuple[int, ...], samples: int, chunk: int | None) -> None:
+    """Refuses lengths, samples and a prefill chunk that are not positive.
+
+    Raises:
+        ValueError: One of them is below 1, or there is no length.
+    """
+    if not lengths:
+        raise ValueError("lengths: expected at least one value, got none")
+    for name, value in (("lengths", min(lengths)), ("samples", samples)):
+        if value < 1:
+            raise ValueError(f"{name}: expected 1 or more, got {value}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk: expected 1 or more, or None, got {chunk}")
+
+
 def check_model(model: Any, tokenizer: Any, longest: int) -> None:
     """Refuses what would fail or mislead later.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_model
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
 from lowcontext.eval.haystack import HAYSTACKS
 from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample
 from lowcontext.eval.records import NeedleRow, RowFile, RowKey, recorded
@@ -46,19 +46,12 @@ class NeedleGrid:
     metric: str = METRICS[0]
 
     def __post_init__(self) -> None:
-        for name in ("lengths", "depths"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: expected at least one value, got none")
+        check_counts(self.lengths, self.samples, self.chunk)
+        if not self.depths:
+            raise ValueError("depths: expected at least one value, got none")
         for depth in self.depths:
             if not 0 <= depth <= 100:
                 raise ValueError(f"depths: expected 0..100 (percent), got {depth}")
-        for length in self.lengths:
-            if length < 1:
-                raise ValueError(f"lengths: expected 1 or more, got {length}")
-        if self.samples < 1:
-            raise ValueError(f"samples: expected 1 or more, got {self.samples}")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk: expected 1 or more, or None, got {self.chunk}")
         if self.metric not in METRICS:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
         NeedleTask(self.task, self.haystack, self.answer_room)

@@ -6,32 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from result_rows import NEEDLE
 
 from lowcontext.eval import NeedleRow, plot_needle, summarize
 from lowcontext.eval.plots import COLOURS
 
-ROW = NeedleRow(
-    model="some-model",
-    method="dense",
-    task="single",
-    haystack="words",
-    length=1024,
-    depth=0.0,
-    sample=0,
-    seed=0,
-    answer_room=16,
-    chunk=None,
-    metric="contains",
-    prompt_tokens=1008,
-    expected="1",
-    output="1",
-    correct=True,
-    ttft_s=1.0,
-    tpot_s=0.5,
-    new_tokens=4,
-    density=0.25,
-    stats={},
-)
+ROW = replace(NEEDLE, model="some-model", method="dense", depth=0.0)
 
 
 def rows() -> list[NeedleRow]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_model
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
 from lowcontext.eval.records import RowFile, RowKey, RulerRow, recorded
 from lowcontext.eval.ruler.tasks import (
     TASKS,
@@ -41,13 +41,7 @@ class RulerRun:
     chunk: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.lengths:
-            raise ValueError("lengths: expected at least one value, got none")
-        for name, value in (("lengths", min(self.lengths)), ("samples", self.samples)):
-            if value < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {value}")
-        if self.chunk is not None and self.chunk < 1:
-            raise ValueError(f"chunk: expected 1 or more, or None, got {self.chunk}")
+        check_counts(self.lengths, self.samples, self.chunk)
         for task in self.tasks:
             if source_of(task, self.sources) is None:
                 needed = TASKS[task].source

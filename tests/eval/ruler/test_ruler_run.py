@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from result_rows import RULER
 
 from lowcontext.eval.records import RowFile, RulerRow, read_ruler_rows
 from lowcontext.eval.ruler import RulerRun, Sources, plot_ruler, run_ruler, summarize_ruler
@@ -104,26 +105,7 @@ def test_a_run_that_cannot_work_is_refused(change: dict[str, Any], message: str)
         replace(RUN, **change)
 
 
-ROW = RulerRow(
-    model="m",
-    method="dense",
-    task="vt",
-    source="noise",
-    length=4096,
-    sample=0,
-    seed=0,
-    chunk=None,
-    prompt_tokens=4000,
-    answers=["A", "B"],
-    output="A",
-    score=1.0,
-    ttft_s=1.0,
-    tpot_s=0.1,
-    new_tokens=4,
-    peak_mib=100.0,
-    density=1.0,
-    stats={"density_decode": 0.5},
-)
+ROW = replace(RULER, answers=["A", "B"], stats={"density_decode": 0.5})
 
 
 def some_rows() -> list[RulerRow]:
