@@ -41,7 +41,7 @@ class HiP(HierarchicalMethod):
     beam: int = 1024
     key_stride: int = 4
     decode_stride: int = 1
-    row_stride: int = 16
+    row_stride: int = 32
     rows: str = "mean"
     representative: str = "center"
     refresh: int = 8

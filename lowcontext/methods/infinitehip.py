@@ -27,7 +27,7 @@ class InfiniteHiP(HierarchicalMethod):
 
     Args:
         stages: "chunk:keep" for each stage and "chunk" for the last: keys of a chunk, and keys in
-            the chunks that go on. "/n" behind it scores the mean of every n queries, 16 if absent.
+            the chunks that go on. "/n" behind it scores the mean of every n queries, 32 if absent.
         representative: key that stands for half a chunk: "center", "first" or "last".
         chunk_score: "max" of the representatives that won on the way, or of the "last" one.
         refresh: decode steps after which each stage runs again, as "16/4"; later stages run
@@ -42,7 +42,7 @@ class InfiniteHiP(HierarchicalMethod):
 
     name: ClassVar[str] = "infinitehip"
 
-    stages: str = "64:16384 2"
+    stages: str = "64:32768 2"
     representative: str = "center"
     chunk_score: str = "max"
     refresh: int | str = "16/4"
@@ -153,7 +153,7 @@ def _stages(text: str | int) -> tuple[Stage, ...]:
         if not match:
             raise ValueError(f"stages: expected 'chunk:keep ... chunk', got {text!r}")
         chunk, keep, rows = match.groups()
-        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 16)))
+        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 32)))
     return tuple(stages)
 
 

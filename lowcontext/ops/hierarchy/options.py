@@ -108,7 +108,7 @@ class TreeOptions(SearchOptions):
 
     leaf: int = 64
     beam: int = 1024
-    row_stride: int = 16
+    row_stride: int = 32
     key_stride: int = 4
     representative: str = "center"
 
@@ -140,7 +140,7 @@ class Stage:
 
     chunk: int
     keep: int = 0
-    row_stride: int = 16
+    row_stride: int = 32
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class StageOptions(SearchOptions):
             best key, or that of the "last" one.
     """
 
-    stages: tuple[Stage, ...] = (Stage(64, 16384), Stage(2))
+    stages: tuple[Stage, ...] = (Stage(64, 32768), Stage(2))
     representative: str = "center"
     chunk_score: str = "max"
 
