@@ -16,6 +16,7 @@ struct ScoreRun {
   KeyType type = KeyType::kFloat32;
   const void* keys = nullptr;  // [count, dim]
   int64_t key_stride = 0;
+  int64_t ahead = 0;  // bytes from a key to what shall be in the cache when the next ones are read
   const float* scales = nullptr;
   int64_t count = 0;
   float* out = nullptr;

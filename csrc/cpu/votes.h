@@ -18,7 +18,6 @@ constexpr int kScoreRows = kWidth < 8 ? kWidth : 8;
 // Keys whose scores with the first rows are followed by those with the next, while in the
 // level-1 cache: 32 keys of 128 floats are 16 KiB.
 constexpr int64_t kScoreKeys = 32;
-constexpr int64_t kPrefetchBytes = 2048;
 
 // R rows (those past `rows` are zeros and not stored) with `count` keys.
 template <typename T, int R>
@@ -39,7 +38,7 @@ void score_rows(const ScoreRun& run, const float* q, int64_t rows, const T* keys
       for (int i = 0; i < K; ++i) {
         key[i] = load(row[i] + d);
         if (d * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
-          prefetch(reinterpret_cast<const char*>(row[i] + d) + kPrefetchBytes);
+          prefetch(reinterpret_cast<const char*>(row[i] + d) + run.ahead);
         }
       }
       LC_UNROLL
