@@ -15,6 +15,8 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
   m.def(
       "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
       "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def("antidiagonal_scores(Tensor q, Tensor k, int stride, int block, float scale) -> Tensor");
+  m.def("block_means(Tensor x, int offset, int block) -> Tensor");
   m.def(
       "token_scores(Tensor q, Tensor k, Tensor? scales, Tensor? starts, int width, float scale, "
       "bool causal) -> (Tensor, Tensor)");

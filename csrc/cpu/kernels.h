@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "best_scores.h"
+#include "block_scores.h"
 #include "decode.h"
 #include "panel.h"
 #include "plan.h"
@@ -76,7 +77,8 @@ constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes},
                                 scratch_floats, run_item,
                                 combine_item,   window_pack,
                                 window_scan,    window_add,
-                                kVotes,         best_scores};
+                                kVotes,         best_scores,
+                                kBlockScores};
 
 }  // namespace
 }  // namespace lowcontext

@@ -41,11 +41,6 @@ class Scratch {
   size_t size_ = 0;
 };
 
-Scratch& thread_scratch() {
-  thread_local Scratch scratch;
-  return scratch;
-}
-
 // Partial results of split items, kept by the calling thread.
 Scratch& call_scratch() {
   thread_local Scratch scratch;
@@ -53,6 +48,11 @@ Scratch& call_scratch() {
 }
 
 }  // namespace
+
+float* thread_scratch(size_t floats) {
+  thread_local Scratch scratch;
+  return scratch.get(floats);
+}
 
 void prefer_huge_pages(void* data, size_t bytes) {
 #if defined(__linux__)
@@ -82,7 +82,7 @@ void launch(const Problem& p) {
 
   int64_t counter = 0;
   const auto work = [&](int64_t, int64_t) {
-    float* scratch = thread_scratch().get(scratch_floats);
+    float* scratch = thread_scratch(scratch_floats);
     ItemQueue queue(p, plan, &counter);
     while (const Item* next = queue.peek()) {
       const Item item = *next;

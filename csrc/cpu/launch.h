@@ -10,6 +10,9 @@ namespace lowcontext {
 
 void launch(const Problem& problem);
 
+// Memory of the calling thread, aligned to its pages; the next call may move or reuse it.
+float* thread_scratch(size_t floats);
+
 // A hint to the kernel: fewer page faults on fresh memory and fewer misses in the TLB.
 void prefer_huge_pages(void* data, size_t bytes);
 

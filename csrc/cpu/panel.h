@@ -25,14 +25,14 @@ constexpr int kLanes = 2 * kWidth;  // of a panel
 constexpr int64_t kStep =
     128;  // keys of one softmax step; s [128, 32] is half of a 32 KiB level-1 cache
 
-// s[M, lanes] = k[M, D] q[D, lanes]
-template <int M, int NV>
+// s[M, lanes] = k[M, D] q[D, lanes], added to what is there where Add
+template <int M, int NV, bool Add = false>
 void score_rows(const float* k, int64_t stride, const float* q, int64_t head_dim, float* s) {
   Vec acc[M][NV];
   LC_UNROLL
   for (int i = 0; i < M; ++i) {
     LC_UNROLL
-    for (int j = 0; j < NV; ++j) acc[i][j] = set1(0.0f);
+    for (int j = 0; j < NV; ++j) acc[i][j] = Add ? load(s + i * kLanes + j * kWidth) : set1(0.0f);
   }
   // One pointer for three rows: the rest are addressing modes of it.
   const float* rows[(M + 2) / 3];
@@ -96,12 +96,12 @@ void accumulate_rows(const float* v, int64_t stride, const float* p, int64_t key
 }
 
 // The same with m < kPanelRows rows, known at run time.
-template <int NV, int M = kPanelRows - 1>
+template <int NV, int M = kPanelRows - 1, bool Add = false>
 void score_tail(int64_t m, const float* k, int64_t stride, const float* q, int64_t head_dim,
                 float* s) {
   if constexpr (M > 0) {
-    if (m == M) return score_rows<M, NV>(k, stride, q, head_dim, s);
-    score_tail<NV, M - 1>(m, k, stride, q, head_dim, s);
+    if (m == M) return score_rows<M, NV, Add>(k, stride, q, head_dim, s);
+    score_tail<NV, M - 1, Add>(m, k, stride, q, head_dim, s);
   }
 }
 

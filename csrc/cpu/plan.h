@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../common/block_scores.h"
 #include "../common/problem.h"
 #include "../common/votes.h"
 #include "../common/window_scores.h"
@@ -81,6 +82,14 @@ struct ScoreCall {
   float* out;  // [count]
 };
 
+struct BlockScoreKernels {
+  size_t (*cell_floats)(const CellScores&);  // scratch of cell_scores
+  // Scores of one span of query blocks of batch row b and KV head h.
+  void (*cell_scores)(const CellScores&, int64_t b, int64_t h, int64_t span, float* scratch);
+  // Mean of block n of batch row b and head h, to out [D].
+  void (*block_mean)(const BlockMeans&, int64_t b, int64_t h, int64_t n, float* out);
+};
+
 struct KernelTable {
   const char* name;
   KernelShape shape;
@@ -96,6 +105,7 @@ struct KernelTable {
   void (*window_add)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
   VoteKernels votes;
   void (*best_scores)(const ScoreCall&);
+  BlockScoreKernels block_scores;
 };
 
 Plan make_plan(const Problem& problem, const KernelShape& shape);

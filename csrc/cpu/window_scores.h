@@ -9,45 +9,15 @@
 
 #include "../common/window_scores.h"
 #include "keys.h"
+#include "panel.h"
 #include "vec.h"
 
 namespace lowcontext {
 namespace {
 
-constexpr int64_t kWindowPanel = 2 * kWidth;
 constexpr int64_t kMaxWindowDim = 256;
 // Rows of the key buffer are an odd number of cache lines apart, for all sets of a level-1 cache.
 constexpr int64_t kKeyStride = kMaxWindowDim + 16;
-
-// s[M, 2 vectors] = k[M, D] q[D, 2 vectors]
-template <int M>
-void window_dot(const float* k, const float* q, int64_t head_dim, float* s) {
-  Vec acc[M][2];
-  LC_UNROLL
-  for (int i = 0; i < M; ++i) acc[i][0] = acc[i][1] = set1(0.0f);
-  for (int64_t d = 0; d < head_dim; ++d) {
-    const Vec a = load(q + d * kWindowPanel), b = load(q + d * kWindowPanel + kWidth);
-    LC_UNROLL
-    for (int i = 0; i < M; ++i) {
-      const Vec key = set1(k[i * kKeyStride + d]);
-      acc[i][0] = fma(key, a, acc[i][0]);
-      acc[i][1] = fma(key, b, acc[i][1]);
-    }
-  }
-  LC_UNROLL
-  for (int i = 0; i < M; ++i) {
-    store(s + i * kWindowPanel, acc[i][0]);
-    store(s + i * kWindowPanel + kWidth, acc[i][1]);
-  }
-}
-
-template <int M = kPanelRows - 1>
-void window_dot_tail(int64_t m, const float* k, const float* q, int64_t head_dim, float* s) {
-  if constexpr (M > 0) {
-    if (m == M) return window_dot<M>(k, q, head_dim, s);
-    window_dot_tail<M - 1>(m, k, q, head_dim, s);
-  }
-}
 
 // queries of one KV head: [panel, d, lane], scaled to logits in log2 units (or in units of the
 // cap).
@@ -58,9 +28,9 @@ void window_pack_as(const WindowScores& w, int64_t b, int64_t h) {
   for (int64_t lane = 0; lane < w.lanes(); ++lane) {
     const int64_t r = lane % w.stride;
     const T* row = head_base<T>(w.q, b, h * w.group + lane / w.stride) + r * w.q.stride_l;
-    float* to = out + lane / kWindowPanel * kWindowPanel * w.head_dim + lane % kWindowPanel;
+    float* to = out + lane / kLanes * kLanes * w.head_dim + lane % kLanes;
     for (int64_t d = 0; d < w.head_dim; ++d) {
-      to[d * kWindowPanel] = r < w.window ? to_float(row[d]) * factor : 0.0f;
+      to[d * kLanes] = r < w.window ? to_float(row[d]) * factor : 0.0f;
     }
   }
 }
@@ -81,21 +51,21 @@ void window_gather(const WindowScores& w, int64_t b, int64_t h, int64_t first, i
 // Logits in log2 units of `count` keys from `first` on and one panel of lanes: s[kStep, panel].
 void window_logits(const WindowScores& w, const float* keys, int64_t first, int64_t count,
                    const float* queries, int64_t panel, float* s) {
-  const float* q = queries + panel * kWindowPanel * w.head_dim;
+  const float* q = queries + panel * kLanes * w.head_dim;
   int64_t i = 0;
   for (; i + kPanelRows <= count; i += kPanelRows) {
-    window_dot<kPanelRows>(keys + i * kKeyStride, q, w.head_dim, s + i * kWindowPanel);
+    score_rows<kPanelRows, 2>(keys + i * kKeyStride, kKeyStride, q, w.head_dim, s + i * kLanes);
   }
-  window_dot_tail(count - i, keys + i * kKeyStride, q, w.head_dim, s + i * kWindowPanel);
+  score_tail<2>(count - i, keys + i * kKeyStride, kKeyStride, q, w.head_dim, s + i * kLanes);
   if (w.softcap > 0.0f) {
     const Vec cap = set1(w.softcap * kLog2E);
-    for (i = 0; i < count * kWindowPanel; i += kWidth) store(s + i, tanh(load(s + i)) * cap);
+    for (i = 0; i < count * kLanes; i += kWidth) store(s + i, tanh(load(s + i)) * cap);
   }
-  const int64_t row0 = panel * kWindowPanel % w.stride;
+  const int64_t row0 = panel * kLanes % w.stride;
   for (i = max64(0, w.kv_len - w.window + row0 + 1 - first); i < count; ++i) {
     const int64_t hidden = first + i - (w.kv_len - w.window) - row0;  // lanes before the key
-    for (int64_t lane = 0; lane < min64(hidden, kWindowPanel); ++lane) {
-      s[i * kWindowPanel + lane] = -kInfinity;
+    for (int64_t lane = 0; lane < min64(hidden, kLanes); ++lane) {
+      s[i * kLanes + lane] = -kInfinity;
     }
   }
 }
@@ -104,14 +74,14 @@ LC_INLINE float* stored_logits(const WindowScores& w, int64_t b, int64_t h, int6
                                int64_t panel, float* buffer) {
   if (w.logits == nullptr) return buffer;
   const int64_t head = (b * w.kv_heads + h) * w.chunks() * WindowScores::kChunk;
-  return w.logits + (head + first) * w.lanes() + panel * kWindowPanel * WindowScores::kStep;
+  return w.logits + (head + first) * w.lanes() + panel * kLanes * WindowScores::kStep;
 }
 
 // Maximum and sum of 2^(s - maximum) of each lane over one chunk of keys.
 template <typename T>
 void window_scan_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
   alignas(64) float keys[WindowScores::kStep * kKeyStride];
-  alignas(64) float buffer[WindowScores::kStep * kWindowPanel];
+  alignas(64) float buffer[WindowScores::kStep * kLanes];
   const int64_t head = b * w.kv_heads + h;
   const float* queries = w.queries + head * w.lanes() * w.head_dim;
   float* maximum = w.maximum + (head * w.chunks() + chunk) * w.lanes();
@@ -124,20 +94,20 @@ void window_scan_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) 
   for (int64_t first = chunk * WindowScores::kChunk; first < end; first += WindowScores::kStep) {
     const int64_t count = min64(WindowScores::kStep, end - first);
     window_gather<T>(w, b, h, first, count, keys);
-    for (int64_t panel = 0; panel < w.lanes() / kWindowPanel; ++panel) {
+    for (int64_t panel = 0; panel < w.lanes() / kLanes; ++panel) {
       float* s = stored_logits(w, b, h, first, panel, buffer);
       window_logits(w, keys, first, count, queries, panel, s);
-      for (int64_t j = 0; j < kWindowPanel; j += kWidth) {
-        float* top = maximum + panel * kWindowPanel + j;
-        float* total = sum + panel * kWindowPanel + j;
+      for (int64_t j = 0; j < kLanes; j += kWidth) {
+        float* top = maximum + panel * kLanes + j;
+        float* total = sum + panel * kLanes + j;
         const Vec old = load(top);
         Vec now = old;
-        for (int64_t i = 0; i < count; ++i) now = max(now, load(s + i * kWindowPanel + j));
+        for (int64_t i = 0; i < count; ++i) now = max(now, load(s + i * kLanes + j));
         // A lane that has seen no key subtracts 0: 2^(-inf) = 0, with no inf - inf.
         const Vec base = select_lt(now, set1(-3.0e38f), set1(0.0f), now);
         Vec acc = load(total) * exp2(old - base);
         for (int64_t i = 0; i < count; ++i) {
-          acc = acc + exp2(load(s + i * kWindowPanel + j) - base);
+          acc = acc + exp2(load(s + i * kLanes + j) - base);
         }
         store(top, now);
         store(total, acc);
@@ -151,7 +121,7 @@ void window_scan_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) 
 template <typename T>
 void window_add_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
   alignas(64) float keys[WindowScores::kStep * kKeyStride];
-  alignas(64) float buffer[WindowScores::kStep * kWindowPanel];
+  alignas(64) float buffer[WindowScores::kStep * kLanes];
   Vec totals[WindowScores::kStep];
   const int64_t head = b * w.kv_heads + h;
   const float* queries = w.queries + head * w.lanes() * w.head_dim;
@@ -166,9 +136,9 @@ void window_add_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
     if (w.logits == nullptr) window_gather<T>(w, b, h, first, count, keys);
     for (int64_t g = 0; g < w.group; ++g) {
       for (int64_t i = 0; i < WindowScores::kStep; ++i) totals[i] = set1(0.0f);
-      for (int64_t row = 0; row < w.stride; row += kWindowPanel) {
+      for (int64_t row = 0; row < w.stride; row += kLanes) {
         const int64_t lane = g * w.stride + row;
-        const int64_t panel = lane / kWindowPanel;
+        const int64_t panel = lane / kLanes;
         float* s = stored_logits(w, b, h, first, panel, buffer);
         if (w.logits == nullptr) window_logits(w, keys, first, count, queries, panel, s);
         const Vec top[2] = {load(maximum + lane), load(maximum + lane + kWidth)};
@@ -178,7 +148,7 @@ void window_add_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
         for (int64_t i = 0; i < count; ++i) {
           LC_UNROLL
           for (int j = 0; j < 2; ++j) {
-            const Vec p = exp2(load(s + i * kWindowPanel + j * kWidth) - top[j]) * scale[j];
+            const Vec p = exp2(load(s + i * kLanes + j * kWidth) - top[j]) * scale[j];
             totals[i] = totals[i] + p;
             store(slash - i + j * kWidth, load(slash - i + j * kWidth) + p);
           }

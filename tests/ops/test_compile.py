@@ -49,7 +49,8 @@ def searched(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
 
 
 def pooled(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-    return (block_scores.pooled_scores(q, k, block=16),)
+    antidiagonal = block_scores.antidiagonal_scores(q, k, block=32)
+    return block_scores.pooled_scores(q, k, block=16), antidiagonal
 
 
 @pytest.mark.parametrize("op", [votes_of, lines_of, searched, pooled])

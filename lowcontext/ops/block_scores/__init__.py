@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
-from lowcontext.ops.block_scores import reference, triton
+from lowcontext.ops.block_scores import native, reference, triton
 
 __all__ = ["antidiagonal_scores", "pooled_scores"]
 
-_BACKENDS = {"triton": triton, "reference": reference}
+_BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def pooled_scores(

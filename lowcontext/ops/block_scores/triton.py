@@ -7,6 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.ops.block_scores._fakes import fake_scores
 from lowcontext.ops.triton import execute, operator, unfit_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,16 +50,11 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, *, stride: int, block: int, scale
 
 
 def _fake_pooled(q: Tensor, k: Tensor, *, block: int, scale: float) -> Tensor:
-    return _fake_scores(q, k, block)
+    return fake_scores(q, k, block)
 
 
 def _fake_antidiagonal(q: Tensor, k: Tensor, *, stride: int, block: int, scale: float) -> Tensor:
-    return _fake_scores(q, k, block)
-
-
-def _fake_scores(q: Tensor, k: Tensor, block: int) -> Tensor:
-    _, Nq = BlockIndex.query_blocks(q.shape[2], k.shape[2], block)
-    return q.new_empty((*q.shape[:2], Nq, -(-k.shape[2] // block)), dtype=torch.float32)
+    return fake_scores(q, k, block)
 
 
 # See the functions of the same names in `lowcontext.ops.block_scores`.
