@@ -53,7 +53,7 @@ class FlexPrefill(Method):
     min_budget: int = 1024
     max_budget: int = 0
     block: int = 128
-    min_length: int = 4096
+    min_length: int = 3072
 
     def __post_init__(self) -> None:
         super().__post_init__()

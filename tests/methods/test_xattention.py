@@ -15,22 +15,27 @@ def qk(Lq: int, Lk: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return 2 * torch.randn(2, 4, Lq, 16, generator=gen), torch.randn(2, 2, Lk, 16, generator=gen)
 
 
-def wanted(row: list[float], n: int, threshold: float) -> set[int]:
-    """Block 0 and the diagonal, then the best blocks until the threshold."""
-    order = sorted(range(n + 1), key=lambda m: (m not in (0, n), -row[m], m))
+def wanted(row: list[float], n: int, threshold: float, before: int) -> set[int]:
+    """Block 0, the diagonal and the blocks before it, then the best ones until the threshold."""
+    forced = {0, *range(max(0, n - before), n + 1)}
+    order = sorted(range(n + 1), key=lambda m: (m not in forced, -row[m], m))
     chosen, mass = set(), 0.0
     for m in order:
-        if m in (0, n) or mass < threshold * sum(row[: n + 1]):
+        if m in forced or mass < threshold * sum(row[: n + 1]):
             chosen.add(m)
             mass += row[m]
     return chosen
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 0.95])
+@pytest.mark.parametrize(("window", "before"), [(0, 0), (64, 1), (65, 2)])
 @pytest.mark.parametrize(("Lq", "Lk"), [(1024, 1024), (300, 1111), (64, 64), (1, 1)])
-def test_index_equals_the_rule(threshold: float, Lq: int, Lk: int) -> None:
+def test_index_equals_the_rule(
+    threshold: float, window: int, before: int, Lq: int, Lk: int
+) -> None:
     q, k = qk(Lq, Lk)
-    method = get_method("xattention", threshold=threshold, stride=8, block=64, min_length=0)
+    sizes = {"stride": 8, "block": 64, "window": window, "min_length": 0}
+    method = get_method("xattention", threshold=threshold, **sizes)
     layer = LayerContext(scale=0.25)
     index = method.prefill(q, k, layer)
     index.validate(Lq, Lk)
@@ -42,7 +47,25 @@ def test_index_equals_the_rule(threshold: float, Lq: int, Lk: int) -> None:
             for n in range(scores.shape[2]):
                 row = scores[b, h, n].double().tolist()
                 got = set(blocks[b, h, n].nonzero()[:, 0].tolist())
-                assert got == wanted(row, first + n, threshold)
+                assert got == wanted(row, first + n, threshold, before)
+
+
+def test_a_head_that_looks_two_tokens_back_is_read_across_the_edge_of_a_block() -> None:
+    # Each query matches the key two places before it: never on an antidiagonal of an even stride.
+    gen = torch.Generator().manual_seed(2)
+    k = torch.nn.functional.normalize(torch.randn(1, 1, 1024, 32, generator=gen), dim=-1)
+    q = torch.cat([k[:, :, :2], k[:, :, :-2]], dim=2)
+    layer = LayerContext(scale=30.0)
+    rows = torch.arange(2, 1024)
+    read = {}
+    for window in (0, 128):
+        method = get_method("xattention", threshold=0.5, window=window, min_length=0)
+        mask = method.prefill(q, k, layer).to_mask(1024, 1024)[0, 0]
+        read[window] = mask[rows, rows - 2]
+    assert read[128].all()
+    lost = rows[~read[0]]
+    assert len(lost) > 0
+    assert set((lost % 128).tolist()) <= {0, 1}
 
 
 def test_a_prompt_of_many_whole_chunks_still_sees_its_early_keys() -> None:
