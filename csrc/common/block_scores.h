@@ -17,8 +17,8 @@
 namespace lowcontext {
 
 struct CellScores {
-  static constexpr int64_t kLanes = 64;  // query cells of a work item, at least
-  static constexpr int64_t kCells = 48;  // key cells of a softmax step, at least
+  static constexpr int64_t kItemLanes = 64;  // query cells of a work item, at least
+  static constexpr int64_t kStepCells = 48;  // key cells of a softmax step, at least
 
   DType dtype = DType::kFloat32;
   int64_t batch = 0;
@@ -41,11 +41,11 @@ struct CellScores {
 
   // A work item is `span` blocks of queries of one KV head. Its lanes are query cells, ordered by
   // block, head of the group, cell.
-  int64_t span() const { return ceil_div(kLanes, group * cells()); }
+  int64_t span() const { return ceil_div(kItemLanes, group * cells()); }
   int64_t spans() const { return ceil_div(query_blocks(), span()); }
   int64_t lanes() const { return span() * group * cells(); }
   // A step is so many key blocks.
-  int64_t step_blocks() const { return ceil_div(kCells, cells()); }
+  int64_t step_blocks() const { return ceil_div(kStepCells, cells()); }
   int64_t steps() const { return ceil_div(key_blocks(), step_blocks()); }
 };
 

@@ -22,6 +22,7 @@ from typing import Any
 
 PUBLISHED = ("vertical_and_slash", "stream_llm", "block_sparse")
 KINDS = (*PUBLISHED, "tri_shape", "dense", "gain")
+_SIZELESS = ("block_sparse", "dense")
 # What the published code uses for a head that its file does not list.
 PUBLISHED_DEFAULT = ("vertical_and_slash", 1000, 6096)
 
@@ -40,6 +41,10 @@ class HeadPattern:
     a: int = 0
     b: int = 0
     score: float = 0.0
+
+    def __str__(self) -> str:
+        """The kind, and the sizes where it has any."""
+        return self.kind if self.kind in _SIZELESS else f"{self.kind} {self.a} {self.b}"
 
 
 Layer = tuple[HeadPattern, ...]

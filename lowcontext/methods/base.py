@@ -212,13 +212,15 @@ class Method(ABC):
                 f"{self.name}: {field_name}: expected one of {list(choices)}, got {value!r}"
             )
 
-    def _expect_share(self, field_name: str) -> None:
-        """Raises unless the named field is a number above 0."""
-        value = getattr(self, field_name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{self.name}: {field_name}: expected a number, got {value!r}")
-        if value <= 0:
-            raise ValueError(f"{self.name}: {field_name}: expected more than 0, got {value}")
+    def _expect_numbers(self, *names: str, above_0: bool = False) -> None:
+        """Raises unless each named field is a number of at least 0, or above it."""
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{self.name}: {name}: expected a number, got {value!r}")
+            if value < 0 or (above_0 and value == 0):
+                least = "more than" if above_0 else "at least"
+                raise ValueError(f"{self.name}: {name}: expected {least} 0, got {value}")
 
     def __str__(self) -> str:
         changed = [

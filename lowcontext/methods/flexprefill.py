@@ -58,9 +58,8 @@ class FlexPrefill(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect_ints(min_budget=0, max_budget=0, block=1)
-        self._expect_share("gamma")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, (int, float)):
-            raise TypeError(f"flexprefill: tau: expected a number, got {self.tau!r}")
+        self._expect_numbers("gamma", above_0=True)
+        self._expect_numbers("tau")
         if self.block > 256:
             raise ValueError(f"flexprefill: block: expected at most 256, got {self.block}")
 

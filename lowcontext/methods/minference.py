@@ -70,12 +70,7 @@ class MInference(Method):
         super().__post_init__()
         self._expect_ints(vertical=0, slash=BLOCK, tri_last=0)
         self._expect_choice("parity", ("lowcontext", "minference"))
-        for name in ("gain", "ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"minference: {name}: expected a number, got {value!r}")
-            if value < 0:
-                raise ValueError(f"minference: {name}: expected at least 0, got {value}")
+        self._expect_numbers("gain", "ratio")
         table = None
         if self.patterns is not None:
             table = read_patterns(self.patterns, fill=self._published)

@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import lowcontext
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
 from lowcontext.methods import minference
-from lowcontext.methods._patterns import HeadPattern, read_patterns, write_patterns
 
 
-def qk(N: int, Lq: int = 0, G: int = 2, D: int = 16, B: int = 1, seed: int = 0) -> list[Tensor]:
+def qk(N: int, Lq: int = 0, G: int = 2, D: int = 16, seed: int = 0) -> list[Tensor]:
     gen = torch.Generator().manual_seed(seed)
-    shapes = [(B, 2 * G, Lq or N, D), (B, 2, N, D), (B, 2, N, D)]
+    shapes = [(1, 2 * G, Lq or N, D), (1, 2, N, D), (1, 2, N, D)]
     return [torch.randn(shape, generator=gen) for shape in shapes]
 
 
-def make(*heads: tuple, layers: int = 1, **options):
-    """A method with these patterns in every layer."""
-    table = [{str(h): [*p, 1.0] for h, p in enumerate(heads)}] * layers
+def make(*heads: tuple, **options):
+    """A method with these patterns for the heads of its one layer."""
+    table = [{str(h): [*p, 1.0] for h, p in enumerate(heads)}]
     return lowcontext.get_method("minference", patterns=table, min_length=0, **options)
 
 
@@ -48,10 +46,10 @@ def run(method, q: Tensor, k: Tensor, v: Tensor, layer: LayerContext | None = No
     return torch.cat(out, dim=2)
 
 
-def weights(q: Tensor, k: Tensor, h: int, G: int, b: int = 0) -> Tensor:
+def weights(q: Tensor, k: Tensor, h: int, G: int) -> Tensor:
     """fp64 causal softmax of one query head: [Lq, Lk]."""
     Lq, Lk = q.shape[2], k.shape[2]
-    logits = q[b, h].double() @ k[b, h // G].double().T * q.shape[3] ** -0.5
+    logits = q[0, h].double() @ k[0, h // G].double().T * q.shape[3] ** -0.5
     future = torch.arange(Lk) > torch.arange(Lk - Lq, Lk)[:, None]
     return logits.masked_fill(future, -torch.inf).softmax(-1)
 
@@ -231,6 +229,40 @@ def test_left_padded_rows_use_their_own_last_tokens() -> None:
     torch.testing.assert_close(together[1:], other, atol=1e-5, rtol=1e-4)
 
 
+def test_lines_are_scored_with_the_queries_and_keys_that_the_model_rotated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 64}
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    ids = torch.randint(3, 97, (1, 300))
+    seen = []
+    scores = minference.last_window_scores
+    monkeypatch.setattr(
+        minference, "last_window_scores", lambda q, k, **o: seen.append((q, k)) or scores(q, k, **o)
+    )
+    with lowcontext.patched(model, "minference", min_length=0), torch.no_grad():
+        model(ids)
+        block = model.model.layers[0]
+        x = block.input_layernorm(model.model.embed_tokens(ids))
+        cos, sin = model.model.rotary_emb(x, torch.arange(300)[None])
+        plain = block.self_attn.q_proj(x), block.self_attn.k_proj(x)
+        q, k = (y.view(1, 300, -1, 16).transpose(1, 2) for y in plain)
+        q, k = apply_rotary_pos_emb(q, k, cos, sin)
+    assert torch.allclose(seen[0][0], q, atol=1e-6)
+    assert torch.allclose(seen[0][1], k, atol=1e-6)
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(TypeError, match="minference: gain: expected a number, got 'high'"):
+        lowcontext.get_method("minference", gain="high")
+    with pytest.raises(ValueError, match="minference: ratio: expected at least 0, got -1"):
+        lowcontext.get_method("minference", ratio=-1)
+    with pytest.raises(ValueError, match="minference: parity: expected one of"):
+        lowcontext.get_method("minference", parity="paper")
+
+
 def test_forced_lines_count_towards_the_budget() -> None:
     q, k, _ = qk(900)
     chosen = minference.Selection(
@@ -346,78 +378,3 @@ def test_gain_keeps_columns_and_diagonals_apart() -> None:
     # 64 window rows see each column at 64 distances: no tile is spent on those.
     assert int(index.kv_num_blocks.max()) == 2
     assert index.density(N, N) < 0.07
-
-
-SCHEMA = (
-    '[{"0": ["vertical_and_slash", 1000, 6096, 0.9623493552207947],\n'
-    '  "1": ["vertical_and_slash", 3500, 100, 22000000]},\n'
-    ' {"0": ["stream_llm", 100, 800, 0.93], "1": ["block_sparse", 8, 1, 0]}]\n'
-)
-
-
-@pytest.mark.parametrize("indent", [None, 2])
-def test_published_files_load_in_both_styles_with_float_and_int_scores(
-    tmp_path: Path, indent: int | None
-) -> None:
-    file = tmp_path / "patterns.json"
-    file.write_text(json.dumps(json.loads(SCHEMA), indent=indent))
-    table = read_patterns(file)
-    assert table[0][1] == HeadPattern("vertical_and_slash", 3500, 100, 22000000.0)
-    assert [p.kind for p in table[1]] == ["stream_llm", "block_sparse"]
-    assert read_patterns(write_patterns(table, tmp_path / "again.json")) == table
-    method = lowcontext.get_method("minference", patterns=str(file))
-    assert str(method) == f"minference(patterns={file})"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t: t[1].pop("1"), r'layer 1: expected heads "0" to "1".* "1" is missing'),
-        (
-            lambda t: t[1].update({"2": t[1].pop("1")}),
-            r'layer 1: .*"1" is missing, "2" is too many',
-        ),
-        (lambda t: t[0].update({"x": t[0]["0"]}), r"layer 0: expected heads .*got 'x'"),
-        (lambda t: t[0]["1"].__setitem__(0, "spiral"), r'layer 0, head "1": expected a pattern .*'),
-        (lambda t: t[0]["1"].pop(), r'layer 0, head "1": expected \[pattern, a, b, score\]'),
-        (lambda t: t[0]["0"].__setitem__(1, "many"), r'layer 0, head "0": a: expected an int'),
-        (lambda t: t[1]["0"].__setitem__(2, -1), r'layer 1, head "0": b: expected an int'),
-        (lambda t: t[1]["0"].__setitem__(2, 0), r'layer 1, head "0": b: expected a window'),
-        (lambda t: t[1]["1"].__setitem__(3, None), r'layer 1, head "1": score: expected a number'),
-        (lambda t: t.__setitem__(0, []), r"layer 0: expected an object"),
-        (lambda t: t.clear(), r"expected an array with one object per layer, got \[\]"),
-    ],
-)
-def test_a_wrong_file_is_an_error_that_names_the_place(
-    tmp_path: Path, change, message: str
-) -> None:
-    table = json.loads(SCHEMA)
-    change(table)
-    file = tmp_path / "patterns.json"
-    file.write_text(json.dumps(table))
-    with pytest.raises(ValueError, match=f"patterns: {file}: {message}"):
-        lowcontext.get_method("minference", patterns=file)
-    file.write_text("{")
-    with pytest.raises(ValueError, match="expected JSON"):
-        lowcontext.get_method("minference", patterns=file)
-
-
-def test_a_file_for_another_model_is_an_error_that_names_layer_and_heads() -> None:
-    q, k, _ = qk(200)
-    method = make(*[("vertical_and_slash", 40, 100)] * 4, layers=3)
-    with pytest.raises(ValueError, match="expected 4 layers as in the model, got 3; layer 3 is"):
-        list(method.parts(q, k, LayerContext(layer_idx=3, num_layers=4)))
-    with pytest.raises(ValueError, match="expected 4 layers as in the model, got 3"):
-        list(method.parts(q, k, LayerContext(layer_idx=0, num_layers=4)))
-    with pytest.raises(ValueError, match="layer 1: expected 2 query heads as in the model, got 4"):
-        list(method.parts(q[:, :2], k, LayerContext(layer_idx=1, num_layers=3)))
-
-
-def test_missing_heads_get_the_published_default_only_with_parity() -> None:
-    table = [{"0": ["stream_llm", 4, 64, 1.0], "2": ["stream_llm", 4, 64, 1.0]}]
-    with pytest.raises(ValueError, match='"1" is missing'):
-        lowcontext.get_method("minference", patterns=table)
-    method = lowcontext.get_method("minference", patterns=table, parity="minference")
-    layer = method.layer_patterns(LayerContext(), 3)
-    assert layer[1] == HeadPattern("vertical_and_slash", 1000, 6096)
-    assert str(method) == "minference(patterns=<1 layers of 3 heads>)"

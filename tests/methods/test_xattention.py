@@ -28,13 +28,11 @@ def wanted(row: list[float], n: int, threshold: float, before: int) -> set[int]:
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.7, 0.95])
-@pytest.mark.parametrize(("window", "before"), [(0, 0), (64, 1), (65, 2)])
+@pytest.mark.parametrize(("local", "before"), [(0, 0), (64, 1), (65, 2)])
 @pytest.mark.parametrize(("Lq", "Lk"), [(1024, 1024), (300, 1111), (64, 64), (1, 1)])
-def test_index_equals_the_rule(
-    threshold: float, window: int, before: int, Lq: int, Lk: int
-) -> None:
+def test_index_equals_the_rule(threshold: float, local: int, before: int, Lq: int, Lk: int) -> None:
     q, k = qk(Lq, Lk)
-    sizes = {"stride": 8, "block": 64, "window": window, "min_length": 0}
+    sizes = {"stride": 8, "block": 64, "local": local, "min_length": 0}
     method = get_method("xattention", threshold=threshold, **sizes)
     layer = LayerContext(scale=0.25)
     index = method.prefill(q, k, layer)
@@ -58,10 +56,10 @@ def test_a_head_that_looks_two_tokens_back_is_read_across_the_edge_of_a_block() 
     layer = LayerContext(scale=30.0)
     rows = torch.arange(2, 1024)
     read = {}
-    for window in (0, 128):
-        method = get_method("xattention", threshold=0.5, window=window, min_length=0)
+    for local in (0, 128):
+        method = get_method("xattention", threshold=0.5, local=local, min_length=0)
         mask = method.prefill(q, k, layer).to_mask(1024, 1024)[0, 0]
-        read[window] = mask[rows, rows - 2]
+        read[local] = mask[rows, rows - 2]
     assert read[128].all()
     lost = rows[~read[0]]
     assert len(lost) > 0
@@ -101,5 +99,7 @@ def test_settings_are_checked() -> None:
         get_method("xattention", stride=12)
     with pytest.raises(ValueError, match="xattention: threshold: expected more than 0, got 0"):
         get_method("xattention", threshold=0)
+    with pytest.raises(ValueError, match="xattention: local: expected at least 0, got -1"):
+        get_method("xattention", local=-1)
     with pytest.raises(TypeError, match="xattention: threshold: expected a number, got 'high'"):
         get_method("xattention", threshold="high")

@@ -188,6 +188,18 @@ def test_native_scores_do_not_depend_on_the_number_of_threads() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def test_offsets_beyond_2_to_the_31_elements_are_addressed(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("PyTorch addresses tensors itself")
+    # 65 rows, 2^25 elements apart; only their pages are ever touched.
+    room = torch.empty(2**31 + 64, dtype=torch.float16)
+    far = room.as_strided((1, 1, 65, 8), (2**31, 2**31, 2**25, 1))
+    near = torch.randn(1, 1, 65, 8, generator=torch.Generator().manual_seed(0)).half()
+    far.copy_(near)
+    for op in (pooled_scores, antidiagonal_scores):
+        assert torch.equal(op(far, far, block=16), op(near, near, block=16))
+
+
 @needs_native
 def test_native_scores_of_logits_far_apart_are_finite() -> None:
     # 1e4 between the logits of the first and the last softmax step, in either order.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowcontext import sparse_attention
 from lowcontext.ops import native
 from lowcontext.ops.vertical_slash import last_window_scores, line_index
 
@@ -209,6 +210,21 @@ def test_lines_of_a_chunk_are_the_rows_of_the_whole_index(backend: str) -> None:
         for h in range(2):
             for n in range(part.kv_starts.shape[2]):
                 assert lists(part, h, n) == lists(whole, h, first + n)
+
+
+def test_without_distance_zero_rows_read_nothing_or_less_and_are_zero_not_nan(backend: str) -> None:
+    N, gen = 400, torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 1, N, 8, generator=gen) for _ in range(3))
+    for V, S in (([], []), ([5, 90], []), ([], [300]), ([5, 90], [300])):
+        index = line_index(mask_of(V, N), mask_of(S, N), N, N, backend=backend)
+        for m in range(index.kv_starts.shape[2]):
+            assert lists(index, 0, m) == brute_lists(V, S, m, 64)
+        out = sparse_attention(q, k, v, index)
+        assert torch.isfinite(out).all()
+        unread = ~index.to_mask(N, N)[0, 0].any(1)
+        assert unread[:256].all()
+        assert unread[256:].all() == (not S)
+        assert not out[0, 0, unread].any()
 
 
 def test_lists_that_do_not_fit_are_cut_at_the_right(backend: str) -> None:
