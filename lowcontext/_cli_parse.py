@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,15 +267,11 @@ def choice_table(choice: Any) -> Table:
         box=SIMPLE,
     )
     for i, layer in enumerate(choice.patterns):
-        counts: dict[str, int] = {}
-        for p in layer:
-            name = f"{p.kind} {p.a} {p.b}" if p.a or p.b else p.kind
-            counts[name] = counts.get(name, 0) + 1
-        ordered = sorted(counts.items(), key=lambda item: -item[1])
+        counts = Counter(str(p) for p in layer)
         means = [sum(x[i]) / len(x[i]) for x in (choice.cost, choice.error, choice.recall)]
         table.add_row(
             str(i),
-            ", ".join(f"{n} x {name}" for name, n in ordered),
+            ", ".join(f"{n} x {name}" for name, n in counts.most_common()),
             f"{means[0]:.1%}",
             f"{means[1]:.4f}",
             f"{means[2]:.2%}",

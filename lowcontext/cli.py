@@ -246,7 +246,9 @@ def calibrate(
         choice = run.choose(density, objective)
         write_patterns(choice.patterns, out)
         console.print(parse.choice_table(choice))
-    console.print(f"wrote {out}: mean density {choice.density:.1%}")
+    console.print(
+        f"wrote {out}: mean density {choice.density:.1%}; use it as -m minference:patterns={out}"
+    )
 
 
 @app.command()

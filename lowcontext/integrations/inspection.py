@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from lowcontext.index import BlockIndex
 from lowcontext.integrations._probe import Enough, probe
 from lowcontext.methods import LayerContext, Method
 from lowcontext.methods._patterns import KINDS, Layer
-from lowcontext.methods.base import Moved
 
 INK, FAINT = "#1f2933", "#66727f"
+_UNREAD = 0.85  # grey of what a method does not read
 # Rows of the weights that are formed at a time.
 _ROWS = 256
 
@@ -82,7 +83,16 @@ def head_map(
 def map_head(
     q: Tensor, k: Tensor, layer: LayerContext, method: Method, head: int, cells: int
 ) -> HeadMap:
-    """The same from the layer's queries [1, Hq, N, D] and keys [1, Hkv, N, D]."""
+    """The same from the layer's queries [1, Hq, N, D] and keys [1, Hkv, N, D].
+
+    Raises:
+        NotImplementedError: the method moves keys to other positions.
+    """
+    if method.moves_keys:
+        raise NotImplementedError(
+            f"{method}: expected a method that reads keys where they are, got one that moves "
+            "them; turn that off to draw it"
+        )
     N, group = q.shape[2], q.shape[1] // k.shape[1]
     cell = max(1, -(-N // cells))
     n = -(-N // cell)
@@ -91,20 +101,14 @@ def map_head(
     of_cell = columns // cell
     weights, pairs, read = (torch.zeros(n, n, device=q.device) for _ in range(3))
     inside = 0.0
-    for row0, row1, index in method.parts(q, k, layer):
-        if isinstance(index, Moved):
-            raise NotImplementedError(
-                f"{method}: expected a method that reads keys where they are, got one that moves "
-                "them; turn that off to draw it"
-            )
+    # No `Moved` from a method that does not move keys.
+    parts = cast(Iterator[tuple[int, int, BlockIndex | None]], method.parts(q, k, layer))
+    for row0, row1, index in parts:
         for row in range(row0, row1, _ROWS):
             rows = torch.arange(row, min(row + _ROWS, row1), device=q.device)
             visible = columns <= rows[:, None]
             if index is None:
                 chosen = visible
-            elif isinstance(index, Moved):
-                lists_of = index.key_mask(N)[0]
-                chosen = lists_of[head * lists_of.shape[0] // q.shape[1]] & visible
             else:
                 heads = index.kv_starts.shape[1]
                 block = rows // index.block_q - row0 // index.block_q
@@ -121,7 +125,7 @@ def map_head(
                 by_column.index_add_(1, of_cell, values.float())
                 total.index_add_(0, rows // cell, by_column)
     density = float(read.sum() / pairs.sum())
-    weights /= torch.full((n, 1), float(cell), device=q.device).clamp(max=N)
+    weights /= torch.bincount(of_cell)[:, None]
     return HeadMap(
         weights.cpu(),
         (read / pairs.clamp(min=1)).cpu(),
@@ -144,8 +148,9 @@ def plot_head(found: HeadMap, path: str | Path) -> Path:
         The path.
     """
     from matplotlib.colors import LogNorm
+    from matplotlib.patches import Patch
 
-    figure, axes, target = _figure(path, columns=2, width=12.0, height=6.4)
+    figure, axes, target = _figure(path, columns=2, width=11.0, height=5.2)
     floor = 1e-6
     norm = LogNorm(vmin=floor, vmax=1.0)
     size = (0, found.length, found.length, 0)
@@ -157,7 +162,7 @@ def plot_head(found: HeadMap, path: str | Path) -> Path:
         )
         if place:
             hidden = torch.zeros(*causal.shape, 4)
-            hidden[..., :3] = 0.85
+            hidden[..., :3] = _UNREAD
             hidden[..., 3] = torch.where(causal, 1 - found.read, torch.zeros(()))
             axis.imshow(hidden.numpy(), extent=size, interpolation="nearest")
         axis.set_title(
@@ -171,10 +176,17 @@ def plot_head(found: HeadMap, path: str | Path) -> Path:
         axis.set_xlabel("key", fontsize=8, color=FAINT)
         _plain(axis)
     axes[0].set_ylabel("query", fontsize=8, color=FAINT)
-    bar = figure.colorbar(image, ax=axes, fraction=0.025, pad=0.02)
+    bar = figure.colorbar(image, ax=list(axes), fraction=0.025, pad=0.02)
     bar.set_label(f"weight per query in {found.cell} keys", fontsize=8, color=FAINT)
     bar.ax.tick_params(labelsize=7, colors=INK)
-    figure.suptitle(found.label, fontsize=11, color=INK, x=0.125, ha="left", weight="bold")
+    axes[1].legend(
+        handles=[Patch(color=(_UNREAD,) * 3, label="not read")],
+        fontsize=8,
+        frameon=False,
+        loc="upper right",
+        labelcolor=INK,
+    )
+    figure.suptitle(found.label, fontsize=11, color=INK, x=0.01, ha="left", weight="bold")
     figure.savefig(target)
     return target
 
@@ -194,8 +206,11 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
     from matplotlib.patches import Patch
     from matplotlib.ticker import MaxNLocator
 
-    counts = Counter((p.kind, p.a, p.b) for layer in layers for p in layer)
-    names = sorted(counts, key=lambda name: (KINDS.index(name[0]), name[1], name[2]))
+    patterns = sorted(
+        (p for layer in layers for p in layer), key=lambda p: (KINDS.index(p.kind), p.a, p.b)
+    )
+    counts = Counter(str(p) for p in patterns)
+    names = list(counts)
     heads = max(len(layer) for layer in layers)
     figure, (axis,), target = _figure(
         path,
@@ -204,7 +219,7 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
         height=max(2.4, 0.2 * len(layers) + 1.4),
     )
     colours = [colormaps["turbo"]((i + 0.5) / len(names)) for i in range(len(names))]
-    table = [[names.index((p.kind, p.a, p.b)) for p in layer] for layer in layers]
+    table = [[names.index(str(p)) for p in layer] for layer in layers]
     axis.imshow(
         table, cmap=ListedColormap(colours), vmin=-0.5, vmax=len(names) - 0.5, aspect="auto"
     )
@@ -215,8 +230,8 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
     _plain(axis)
     axis.legend(
         handles=[
-            Patch(color=colour, label=f"{kind} {a} {b}: {counts[kind, a, b]}")
-            for colour, (kind, a, b) in zip(colours, names, strict=True)
+            Patch(color=colour, label=f"{name}: {counts[name]}")
+            for colour, name in zip(colours, names, strict=True)
         ],
         fontsize=7,
         frameon=False,
@@ -233,7 +248,7 @@ def _figure(path: str | Path, columns: int, width: float, height: float) -> tupl
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, columns, squeeze=False)[0], target
 

@@ -226,6 +226,7 @@ def test_head_maps_count_what_is_read_and_held() -> None:
         found = inspection.map_head(q, k, layer, method, 3, cells)
         assert found.recall == pytest.approx(float((p * mask).sum() / 300), abs=1e-5)
         assert found.density == pytest.approx(float(mask.sum() / (300 * 301 / 2)), abs=1e-6)
+        assert torch.allclose(found.weights.sum(1), torch.ones(cells), atol=1e-5)
     fine = inspection.map_head(q, k, layer, method, 3, 300)
     assert torch.allclose(fine.weights.double(), p, atol=1e-5)
     assert torch.equal(fine.read > 0, mask)
@@ -242,6 +243,9 @@ def test_pictures_are_written_and_wrong_places_are_named(tmp_path: Path) -> None
         inspection.head_map(model, prompt(130), method, layer=2, head=0)
     with pytest.raises(ValueError, match="head: expected 0 to 3, got 4"):
         inspection.head_map(model, prompt(130), method, layer=0, head=4)
+    moving = lowcontext.get_method("tokenselect", positions="compact")
+    with pytest.raises(NotImplementedError, match="tokenselect.*: expected a method that reads"):
+        inspection.head_map(model, prompt(130), moving, layer=0, head=0)
     windowed = tiny("gemma2")
     window = next(i for i in (0, 1) if windowed.config.layer_types[i] == "sliding_attention")
     with pytest.raises(ValueError, match="expected one with full attention"):
