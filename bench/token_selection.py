@@ -13,7 +13,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +27,18 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import lowcontext
-from bench.selection_inputs import Steps, checkpoint, structured, uniform
+from bench.selection_inputs import checkpoint, structured, uniform
+from bench.selection_mass import (
+    LOCAL,
+    LOGIT_RULES,
+    RULES,
+    SINK,
+    cache_rows,
+    mass_rows,
+    shared_rows,
+)
 from bench.timing import environment, interleave, read_bandwidth
-from lowcontext import BlockIndex, LayerContext
+from lowcontext import LayerContext
 from lowcontext.methods.tokenselect import TokenSelect
 
 console = Console(width=160)
@@ -37,125 +46,12 @@ app = typer.Typer(add_completion=False)
 Out = Annotated[Path, typer.Option(help="Folder of the JSONL file.")]
 RESULTS = Path("bench/results")
 
-SINK, LOCAL = 128, 512
-BASE = TokenSelect(sink=SINK, local=LOCAL, scope="layer", scoring="exact", cache_threshold=None)
-RULES: dict[str, TokenSelect] = {
-    "soft vote": BASE,
-    "soft vote, unscaled": replace(BASE, vote_scale=1),
-    "soft vote per KV head": replace(BASE, scope="kv_head"),
-    "soft vote per KV head, unscaled": replace(BASE, scope="kv_head", vote_scale=1),
-    "int8": replace(BASE, scoring="int8"),
-    "pages, coarse=2": replace(BASE, scoring="pages", coarse=2),
-    "pages, coarse=4": replace(BASE, scoring="pages", coarse=4),
-    "pages, coarse=8": replace(BASE, scoring="pages", coarse=8),
-    "pages per KV head, coarse=4": replace(BASE, scope="kv_head", scoring="pages"),
-}
-
-
-def hard_vote(logits: Tensor, k: int) -> Tensor:
-    """Candidates [n] by how many heads have them in their own top k; ties to the lower index."""
-    own = logits.topk(min(k, logits.shape[1]), dim=1).indices
-    count = torch.zeros(logits.shape[1]).index_add_(0, own.flatten(), torch.ones(own.numel()))
-    return count.sort(descending=True, stable=True).indices[:k]
-
-
-def summed_logits(logits: Tensor, k: int) -> Tensor:
-    """Candidates [n] by the sum of their logits over the heads."""
-    return logits.sum(0).sort(descending=True, stable=True).indices[:k]
-
-
-def best_per_head(logits: Tensor, k: int) -> Tensor:
-    """The most that any choice can keep: each head its own top k."""
-    return logits.topk(min(k, logits.shape[1]), dim=1).indices
-
-
-LOGIT_RULES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "hard vote": hard_vote,
-    "summed logits": summed_logits,
-    "own list per query head": best_per_head,
-}
-
-
-def attended(index: BlockIndex | None, Lk: int) -> Tensor:
-    """bool [1 or Hkv, Lk]."""
-    if index is None:
-        return torch.ones(1, Lk, dtype=torch.bool)
-    return index.to_mask(1, Lk)[0, :, 0]
-
-
-def kept_mass(weights: Tensor, mask: Tensor) -> float:
-    """Mean over the heads of the attention weights [Hq, Lk] under the mask [H, Lk]."""
-    return float(
-        (weights * mask.repeat_interleave(weights.shape[0] // mask.shape[0], 0)).sum(1).mean()
-    )
-
-
-def step_inputs(steps: Steps, t: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q [1, Hq, 1, D], k [1, Hkv, Lk_t, D] and logits [Hq, Lk_t] of step t."""
-    T = steps.q.shape[0]
-    k = steps.k[:, : steps.k.shape[1] - T + t + 1]
-    G = steps.q.shape[1] // k.shape[0]
-    logits = torch.einsum("hgd,hnd->hgn", steps.q[t].unflatten(0, (-1, G)), k).flatten(0, 1)
-    return steps.q[t][None, :, None], k[None], steps.scale * logits
-
-
-def mass_rows(steps: Steps, budgets: Iterable[int]) -> list[dict[str, Any]]:
-    """Mean attention mass over the steps, for every rule and budget."""
-    sums: dict[tuple[str, int], float] = {}
-    T = steps.q.shape[0]
-    # Options first, so that their state (8-bit keys, page bounds) is carried from step to step.
-    contexts = {name: LayerContext(scale=steps.scale) for name in RULES}
-    for t in range(T):
-        q, k, logits = step_inputs(steps, t)
-        weights, Lk = logits.softmax(-1), k.shape[2]
-        forced = torch.zeros(1, Lk, dtype=torch.bool)
-        forced[:, :SINK], forced[:, Lk - LOCAL :] = True, True
-        for budget in budgets:
-            for name, method in RULES.items():
-                index = replace(method, k=budget).decode(q, k, contexts[name])
-                key = (name, budget)
-                sums[key] = sums.get(key, 0.0) + kept_mass(weights, attended(index, Lk)) / T
-            for name, rule in LOGIT_RULES.items():
-                ids = rule(logits[:, SINK : Lk - LOCAL], budget) + SINK
-                mask = forced.expand(ids.shape[0] if ids.dim() == 2 else 1, Lk).clone()
-                mask.scatter_(1, ids if ids.dim() == 2 else ids[None], True)
-                sums[name, budget] = sums.get((name, budget), 0.0) + kept_mass(weights, mask) / T
-    rows = []
-    for (name, budget), mass in sums.items():
-        share = mass / sums["soft vote", budget]
-        row = {"input": steps.name, "rule": name, "k": budget, "mass": mass, "of_exact": share}
-        rows.append(row)
-    return rows
-
-
-def cache_rows(
-    steps: Steps, k: int, cosine: str, thresholds: Iterable[float | None]
-) -> list[dict[str, Any]]:
-    """Mass and hit rate over consecutive steps, by threshold."""
-    rows, T = [], steps.q.shape[0]
-    for threshold in thresholds:
-        method = replace(BASE, k=k, cache_threshold=threshold, cache_cosine=cosine)
-        hits: list[float] = []
-        layer = LayerContext(scale=steps.scale)
-        layer.observe = lambda seen, hits=hits: hits.extend(
-            seen.get("cache_hits", torch.empty(0)).tolist()
-        )
-        mass = 0.0
-        for t in range(T):
-            q, keys, logits = step_inputs(steps, t)
-            index = method.decode(q, keys, layer)
-            mass += kept_mass(logits.softmax(-1), attended(index, keys.shape[2])) / T
-        row = {"input": steps.name, "rule": f"cache by {cosine}", "k": k, "mass": mass}
-        row["threshold"] = threshold
-        rows.append({**row, "hit_rate": sum(hits) / len(hits) if hits else 0.0})
-    return rows
-
 
 @app.command()
 @torch.inference_mode()
 def mass(
     folder: Annotated[str, typer.Argument(help="A checkpoint; see `lowcontext checkpoint`.")],
-    length: Annotated[int, typer.Option(help="Keys.")] = 16384,
+    length: Annotated[int, typer.Option(help="Keys.")] = 32768,
     steps: Annotated[int, typer.Option(help="Decode steps.")] = 8,
     cache_steps: Annotated[int, typer.Option(help="Decode steps for the cache.")] = 48,
     out: Out = RESULTS,
@@ -184,6 +80,13 @@ def mass(
                 figures = f"{row['hit_rate']:.3f}", f"{row['mass']:.4f}"
                 table.add_row(each.name, cosine, threshold, *figures)
     console.print(table)
+    few = [replace(each, q=each.q[-steps:]) for each in longer]
+    table = Table("layers that select, k = 512", *(x.name for x in few), box=MARKDOWN)
+    last = len(few) - 1
+    for row in shared_rows(few, 512, (None, (0, last), (0,))):
+        rows.append(row)
+        table.add_row(row["rule"], *(f"{x:.4f}" for x in row["mass"]))
+    console.print(table)
     _write(out, "mass", rows)
 
 
@@ -209,6 +112,7 @@ def decode(
     options: dict[str, dict[str, Any]] = {
         "exact": {"cache_threshold": None, "scoring": "exact"},
         "int8": {"cache_threshold": None, "scoring": "int8"},
+        "int4": {"cache_threshold": None, "scoring": "int4"},
         "pages": {"cache_threshold": None, "scoring": "pages"},
         "hit": {"cache_threshold": 0.9, "cache_steps": 10**6},
     }
@@ -228,6 +132,7 @@ def decode(
         "dense": 2 * full,
         "exact": full + listed,
         "int8": Hkv * length * (D + 4) + listed,
+        "int4": Hkv * length * (D // 2 + 4) + listed,
         "pages": 2 * full // 16 + candidates + listed,
         "hit": listed,
     }
@@ -369,21 +274,24 @@ def tokens(
     dense = model.generate(ids, max_new_tokens=new, do_sample=False)
     table = Table("method", "equal until", "equal given the dense text", box=MARKDOWN)
     rows = []
-    for options in ({"k": length + new}, {"k": 1024}, {"k": 512}, {"k": 128, "local": 128}):
-        for positions in ("original", "compact"):
-            method = TokenSelect(positions=positions, **options)
-            with lowcontext.patched(model, method):
-                free = model.generate(ids, max_new_tokens=new, do_sample=False)
-                cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-                forced = []
-                for token in dense[0, length:-1]:
-                    step = model(token.view(1, 1), past_key_values=cache)
-                    forced.append(int(step.logits[0, -1].argmax()))
-            equal = (free == dense)[0, length:]
-            until = int(equal.long().cumprod(0).sum())
-            share = sum(a == int(b) for a, b in zip(forced, dense[0, length + 1 :], strict=True))
-            rows.append({"method": str(method), "until": until, "share": share / len(forced)})
-            table.add_row(str(method), f"{until} of {new}", f"{share / len(forced):.3f}")
+    budgets: list[dict[str, Any]] = [{"k": length + new}, {"k": 1024}, {"k": 512}]
+    budgets.append({"k": 128, "local": 128})
+    choices = [b | {"positions": p} for b in budgets for p in ("original", "compact")]
+    choices += [{"k": 1024, "select_layers": layers} for layers in ((0, 2), (0,))]
+    for options in choices:
+        method = TokenSelect(**options)
+        with lowcontext.patched(model, method):
+            free = model.generate(ids, max_new_tokens=new, do_sample=False)
+            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+            forced = []
+            for token in dense[0, length:-1]:
+                step = model(token.view(1, 1), past_key_values=cache)
+                forced.append(int(step.logits[0, -1].argmax()))
+        equal = (free == dense)[0, length:]
+        until = int(equal.long().cumprod(0).sum())
+        share = sum(a == int(b) for a, b in zip(forced, dense[0, length + 1 :], strict=True))
+        rows.append({"method": str(method), "until": until, "share": share / len(forced)})
+        table.add_row(str(method), f"{until} of {new}", f"{share / len(forced):.3f}")
     console.print(table)
     _write(out, "tokens", rows)
 

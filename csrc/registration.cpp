@@ -21,7 +21,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "token_scores(Tensor q, Tensor k, Tensor? scales, Tensor? starts, int width, float scale, "
       "bool causal) -> (Tensor, Tensor)");
   m.def("page_scores(Tensor q, Tensor bounds) -> Tensor");
-  m.def("quantize_keys(Tensor k) -> (Tensor, Tensor)");
+  m.def("quantize_keys(Tensor k, int bits) -> (Tensor, Tensor)");
   m.def("soft_vote(Tensor scores, Tensor lse, int heads) -> Tensor");
   m.def("topk(Tensor scores, int k, Tensor? limits) -> (Tensor, Tensor)");
   m.def(

@@ -5,16 +5,26 @@
 
 namespace lowcontext {
 
-enum class KeyType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+// kInt4: a byte holds channel i in its low and channel i + dim / 2 in its high four bits, signed.
+enum class KeyType : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3, kInt4 = 4 };
 
-// out[row, i] = (q[row, :] . keys[i, :]) * scales[i], scales 1 where null.
+constexpr bool is_integer(KeyType type) { return type >= KeyType::kInt8; }
+
+// out[row, i] = (q[row, :] . keys[i, :]) * q_steps[row] * scales[i]; floating keys have neither
+// steps nor scales. Rows are rounded up to 8 and the elements of a row to a multiple of 32, with
+// zeros. Strides of keys are in elements, in bytes where they are integers.
 struct ScoreRun {
-  const float* q = nullptr;  // [rows rounded up to 8, q_stride], q_stride a multiple of 16, zeros
-  int64_t q_stride = 0;      // where there is no query or no element
+  const float* q = nullptr;
+  // For integer keys: 16-bit integers. With kInt4 a row is four planes, the channels of the bits
+  // 0-3, 4-7, 8-11 and 12-15 of consecutive pairs of bytes.
+  const int16_t* whole_q = nullptr;
+  const float* q_steps = nullptr;
+  int64_t q_stride = 0;  // of a row
+  int64_t q_plane = 0;
   int64_t rows = 0;
-  int64_t dim = 0;
+  int64_t dim = 0;  // elements of a row of keys, bytes where they are integers
   KeyType type = KeyType::kFloat32;
-  const void* keys = nullptr;  // [count, dim]
+  const void* keys = nullptr;
   int64_t key_stride = 0;
   int64_t ahead = 0;  // bytes from a key to what shall be in the cache when the next ones are read
   const float* scales = nullptr;

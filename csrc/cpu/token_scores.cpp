@@ -1,5 +1,5 @@
 // token_scores, page_scores and quantize_keys: queries against keys, against bounds of pages of
-// keys, and the int8 keys that a score may read instead of the keys.
+// keys, and the keys in 8 or 4 bits that a score may read instead of the keys.
 //
 //   scores[b, h, r, i] = scale * q[b, h, r, :] . k[b, h / G, i, :]
 //   lse[b, h, r] = log sum_i exp(scores[b, h, r, i])
@@ -39,8 +39,10 @@ KeyType key_type(const Tensor& k) {
       return KeyType::kFloat16;
     case ScalarType::Char:
       return KeyType::kInt8;
+    case ScalarType::Byte:
+      return KeyType::kInt4;
     default:
-      LC_CHECK(false, "k", "dtype float32, bfloat16, float16 or int8", "another");
+      LC_CHECK(false, "k", "dtype float32, bfloat16, float16, int8 or uint8", "another");
   }
   return KeyType::kFloat32;
 }
@@ -55,16 +57,42 @@ void expect(const Tensor& t, const char* name, int64_t dims) {
 // Sizes, and the queries packed for the kernels: [B, Hkv, G * R, stride], zeros in the padding.
 struct Queries {
   int64_t batch, kv_heads, group, length, dim;
-  int64_t rows, padded_rows, stride;
+  int64_t rows, padded_rows, stride, plane = 0;
   std::vector<float> packed;
+  std::vector<int16_t> whole;  // for integer keys, in the place of `packed`
+  std::vector<float> steps;    // [B, Hkv, padded rows]
 
-  const float* of(int64_t b, int64_t h) const {
-    return packed.data() + (b * kv_heads + h) * padded_rows * stride;
+  // What the kernel is told of the queries of batch row b and KV head h.
+  void describe(ScoreRun& run, int64_t b, int64_t h) const {
+    const int64_t head = (b * kv_heads + h) * padded_rows;
+    if (whole.empty()) {
+      run.q = packed.data() + head * stride;
+    } else {
+      run.whole_q = whole.data() + head * stride;
+      run.q_steps = steps.data() + head;
+    }
+    run.q_stride = stride;
+    run.q_plane = plane;
+    run.rows = rows;
   }
 };
 
-// With `split`, an element becomes two: min(q, 0) in the first half and max(q, 0) in the second.
-Queries pack_queries(const Tensor& q, int64_t kv_heads, float scale, bool split) {
+// Calls take(packed row, q's row of D elements) for every query.
+template <typename Take>
+void for_queries(const Tensor& q, const Queries& sizes, const Take& take) {
+  const float* data = static_cast<const float*>(q.const_data_ptr());
+  for (int64_t b = 0; b < sizes.batch; ++b) {
+    for (int64_t h = 0; h < q.size(1); ++h) {
+      const int64_t head = (b * sizes.kv_heads + h / sizes.group) * sizes.padded_rows +
+                           h % sizes.group * sizes.length;
+      for (int64_t r = 0; r < sizes.length; ++r) {
+        take(head + r, data + b * q.stride(0) + h * q.stride(1) + r * q.stride(2));
+      }
+    }
+  }
+}
+
+Queries query_sizes(const Tensor& q, int64_t kv_heads) {
   expect(q, "q", 4);
   LC_CHECK(q.scalar_type() == ScalarType::Float, "q", "dtype float32", "another");
   LC_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q",
@@ -74,32 +102,65 @@ Queries pack_queries(const Tensor& q, int64_t kv_heads, float scale, bool split)
   out.kv_heads = kv_heads;
   out.group = q.size(1) / kv_heads;
   out.length = q.size(2);
-  const int64_t D = q.size(3);
-  out.dim = split ? 2 * D : D;
+  out.dim = q.size(3);
   out.rows = out.group * out.length;
   out.padded_rows = ceil_div(out.rows, 8) * 8;
-  out.stride = ceil_div(out.dim, 16) * 16;
+  return out;
+}
+
+// With `split`, an element becomes two: min(q, 0) in the first half and max(q, 0) in the second.
+Queries pack_queries(const Tensor& q, int64_t kv_heads, float scale, bool split) {
+  Queries out = query_sizes(q, kv_heads);
+  const int64_t D = out.dim;
+  if (split) out.dim = 2 * D;
+  out.stride = ceil_div(out.dim, 32) * 32;
   out.packed.assign(static_cast<size_t>(out.batch * kv_heads * out.padded_rows * out.stride), 0.0f);
-  const float* data = static_cast<const float*>(q.const_data_ptr());
-  for (int64_t b = 0; b < out.batch; ++b) {
-    for (int64_t h = 0; h < q.size(1); ++h) {
-      float* head = out.packed.data() + ((b * kv_heads + h / out.group) * out.padded_rows +
-                                         h % out.group * out.length) *
-                                            out.stride;
-      for (int64_t r = 0; r < out.length; ++r) {
-        const float* row = data + b * q.stride(0) + h * q.stride(1) + r * q.stride(2);
-        for (int64_t d = 0; d < D; ++d) {
-          const float value = row[d] * scale;
-          if (split) {
-            head[r * out.stride + d] = std::fmin(value, 0.0f);
-            head[r * out.stride + D + d] = std::fmax(value, 0.0f);
-          } else {
-            head[r * out.stride + d] = value;
-          }
-        }
-      }
+  for_queries(q, out, [&](int64_t at, const float* row) {
+    float* packed = out.packed.data() + at * out.stride;
+    for (int64_t d = 0; d < D; ++d) {
+      const float value = row[d] * scale;
+      packed[d] = split ? std::fmin(value, 0.0f) : value;
+      if (split) packed[D + d] = std::fmax(value, 0.0f);
     }
-  }
+  });
+  return out;
+}
+
+// Nearest integer of |x| < 2^22, ties to even: adding 1.5 * 2^23 leaves the fraction no bits.
+inline int32_t nearest(float x) {
+  volatile const float shifted = x + 12582912.0f;
+  return static_cast<int32_t>(shifted - 12582912.0f);
+}
+
+// Queries for integer keys: each row in steps of its largest element / levels.
+Queries pack_whole_queries(const Tensor& q, int64_t kv_heads, float scale, KeyType type) {
+  Queries out = query_sizes(q, kv_heads);
+  const int64_t D = out.dim, half = D / 2;
+  const bool nibbles = type == KeyType::kInt4;
+  LC_CHECK(!nibbles || D % 2 == 0, "q", "an even last dimension with uint8 keys", D);
+  out.plane = ceil_div(half, 64) * 32;
+  out.stride = nibbles ? 4 * out.plane : ceil_div(D, 32) * 32;
+  const size_t rows = static_cast<size_t>(out.batch * kv_heads * out.padded_rows);
+  out.whole.assign(rows * static_cast<size_t>(out.stride), 0);
+  out.steps.assign(rows, 0.0f);
+  // Sums of D products of 127 * levels stay below 2^31.
+  const float levels = static_cast<float>(
+      std::min<int64_t>(32767, 2147483647 / (127 * std::max<int64_t>(D, 1))));
+  for_queries(q, out, [&](int64_t at, const float* row) {
+    int16_t* packed = out.whole.data() + at * out.stride;
+    float largest = 0.0f;
+    for (int64_t d = 0; d < D; ++d) largest = std::max(largest, std::fabs(row[d]));
+    const float step = largest / levels;
+    out.steps[at] = step * scale;
+    for (int64_t d = 0; d < D && step > 0.0f; ++d) {
+      int64_t slot = d;
+      if (nibbles) {
+        const int64_t byte = d % half, plane = byte % 2 * 2 + d / half;
+        slot = plane * out.plane + byte / 2;
+      }
+      packed[slot] = static_cast<int16_t>(nearest(row[d] / step));
+    }
+  });
   return out;
 }
 
@@ -107,7 +168,7 @@ struct Keys {
   KeyType type;
   const char* data;
   int64_t element, stride_b, stride_h, stride_l, count, dim;
-  const float* scales = nullptr;  // int8 only: [B, Hkv, N]
+  const float* scales = nullptr;  // of integer keys: [B, Hkv, N]
   int64_t scales_b = 0, scales_h = 0;
 
   ScoreRun run(int64_t b, int64_t h, int64_t first) const {
@@ -115,6 +176,7 @@ struct Keys {
     run.type = type;
     run.keys = data + (b * stride_b + h * stride_h + first * stride_l) * element;
     run.key_stride = stride_l;
+    run.dim = dim;
     run.ahead = ceil_div(kAheadBytes, std::max<int64_t>(1, dim * element)) * stride_l * element;
     if (scales != nullptr) run.scales = scales + b * scales_b + h * scales_h + first;
     return run;
@@ -133,13 +195,6 @@ Keys view_keys(const Tensor& k, const char* name) {
           k.size(3)};
 }
 
-void set_queries(ScoreRun& run, const Queries& q, int64_t b, int64_t h) {
-  run.q = q.of(b, h);
-  run.q_stride = q.stride;
-  run.rows = q.rows;
-  run.dim = q.dim;
-}
-
 // The keys that are scored: all, or `width` keys from each start.
 struct Lists {
   const int32_t* data = nullptr;
@@ -150,11 +205,15 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
                      std::optional<Tensor> starts, int64_t width, double scale, bool causal) {
   Keys keys = view_keys(k, "k");
   const int64_t batch = k.size(0), kv_heads = k.size(1);
-  const Queries queries = pack_queries(q, kv_heads, static_cast<float>(scale), false);
-  LC_CHECK(queries.batch == batch && k.size(3) == queries.dim, "k",
-           concat("shape [", queries.batch, ", Hkv, N, ", queries.dim, "]"), shape_text(k));
-  LC_CHECK(scales.has_value() == (keys.type == KeyType::kInt8), "scales",
-           "given with int8 keys and with no others", scales.has_value() ? "scales" : "none");
+  const bool whole = is_integer(keys.type);
+  const float factor = static_cast<float>(scale);
+  const Queries queries = whole ? pack_whole_queries(q, kv_heads, factor, keys.type)
+                                : pack_queries(q, kv_heads, factor, false);
+  const int64_t row_size = keys.type == KeyType::kInt4 ? queries.dim / 2 : queries.dim;
+  LC_CHECK(queries.batch == batch && keys.dim == row_size, "k",
+           concat("shape [", queries.batch, ", Hkv, N, ", row_size, "]"), shape_text(k));
+  LC_CHECK(scales.has_value() == whole, "scales", "given with integer keys and with no others",
+           scales.has_value() ? "scales" : "none");
   if (scales.has_value()) {
     expect(*scales, "scales", 3);
     LC_CHECK(scales->scalar_type() == ScalarType::Float && scales->size(0) == batch &&
@@ -197,7 +256,7 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
   const int64_t rows = queries.rows;
   std::vector<float> maxima(static_cast<size_t>(batch * kv_heads * chunks * rows));
   std::vector<float> sums(maxima.size());
-  const bool small = batch * kv_heads * total * queries.dim * keys.element < kSmallBytes;
+  const bool small = batch * kv_heads * total * keys.dim * keys.element < kSmallBytes;
   run_items(batch * kv_heads * chunks, small, [&](int64_t item) {
     const int64_t first = item % chunks * item_keys;
     const int64_t count = std::min(item_keys, total - first);
@@ -205,7 +264,7 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
     float* scores = out_data + (b * heads + h * queries.group) * queries.length * total + first;
     if (lists.data == nullptr) {
       ScoreRun run = keys.run(b, h, first);
-      set_queries(run, queries, b, h);
+      queries.describe(run, b, h);
       run.count = count;
       run.out = scores;
       run.out_stride = total;
@@ -220,7 +279,7 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
         const int64_t page = (first + i) / lists.width, start = start_of(page);
         ScoreRun run = keys.run(b, h, start);
         run.ahead = (start_of(page + 1) - start) * keys.stride_l * keys.element;
-        set_queries(run, queries, b, h);
+        queries.describe(run, b, h);
         run.count = lists.width;
         run.out = scores + i;
         run.out_stride = total;
@@ -253,7 +312,7 @@ Outputs token_scores(const Tensor& q, const Tensor& k, std::optional<Tensor> sca
 
 Tensor page_scores(const Tensor& q, const Tensor& bounds) {
   const Keys keys = view_keys(bounds, "bounds");
-  LC_CHECK(keys.type != KeyType::kInt8, "bounds", "a floating dtype", "int8");
+  LC_CHECK(!is_integer(keys.type), "bounds", "a floating dtype", "integers");
   const int64_t batch = bounds.size(0), kv_heads = bounds.size(1), pages = keys.count;
   const Queries queries = pack_queries(q, kv_heads, 1.0f, true);
   LC_CHECK(queries.batch == batch && bounds.size(3) == queries.dim, "bounds",
@@ -268,7 +327,7 @@ Tensor page_scores(const Tensor& q, const Tensor& bounds) {
     const int64_t first = item % chunks * (kItemKeys / 2);
     const int64_t group = item / chunks;
     ScoreRun run = keys.run(group / kv_heads, group % kv_heads, first);
-    set_queries(run, queries, group / kv_heads, group % kv_heads);
+    queries.describe(run, group / kv_heads, group % kv_heads);
     run.count = std::min(kItemKeys / 2, pages - first);
     run.out = out_data + group * queries.rows * pages + first;
     run.out_stride = pages;
@@ -293,26 +352,34 @@ float as_float<Float16>(const Float16* p) {
   return static_cast<float>(*reinterpret_cast<const torch::headeronly::Half*>(p));
 }
 
-// Nearest integer of |x| <= 127, ties to even: adding 1.5 * 2^23 leaves the fraction no bits.
-inline int8_t nearest(float x) {
-  volatile const float shifted = x + 12582912.0f;
-  return static_cast<int8_t>(shifted - 12582912.0f);
-}
-
 template <typename T>
-void quantize_row(const T* key, int64_t dim, int8_t* out, float* scale) {
+void quantize_row(const T* key, int64_t dim, bool nibbles, int8_t* out, float* scale) {
   float largest = 0.0f;
   for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::fabs(as_float(key + d)));
-  *scale = largest / 127.0f;
-  const float factor = largest > 0.0f ? 127.0f / largest : 0.0f;
-  for (int64_t d = 0; d < dim; ++d) out[d] = nearest(as_float(key + d) * factor);
+  const float levels = nibbles ? 7.0f : 127.0f;
+  *scale = largest / levels;
+  const float factor = largest > 0.0f ? levels / largest : 0.0f;
+  const auto level = [&](int64_t d) { return nearest(as_float(key + d) * factor); };
+  if (nibbles) {
+    const int64_t half = dim / 2;
+    for (int64_t d = 0; d < half; ++d) {
+      out[d] = static_cast<int8_t>((level(d) & 15) | level(half + d) << 4);
+    }
+  } else {
+    for (int64_t d = 0; d < dim; ++d) out[d] = static_cast<int8_t>(level(d));
+  }
 }
 
-Outputs quantize_keys(const Tensor& k) {
+Outputs quantize_keys(const Tensor& k, int64_t bits) {
   const Keys keys = view_keys(k, "k");
-  LC_CHECK(keys.type != KeyType::kInt8, "k", "dtype float32, bfloat16 or float16", "int8");
+  LC_CHECK(!is_integer(keys.type), "k", "dtype float32, bfloat16 or float16", "integers");
+  LC_CHECK(bits == 8 || bits == 4, "bits", "8 or 4", bits);
+  const bool nibbles = bits == 4;
   const int64_t heads = k.size(1), N = k.size(2), D = k.size(3);
-  Tensor out = torch::stable::new_empty(k, {k.size(0), heads, N, D}, ScalarType::Char);
+  LC_CHECK(!nibbles || D % 2 == 0, "k", "an even last dimension for 4 bits", D);
+  const int64_t width = nibbles ? D / 2 : D;
+  const ScalarType type = nibbles ? ScalarType::Byte : ScalarType::Char;
+  Tensor out = torch::stable::new_empty(k, {k.size(0), heads, N, width}, type);
   Tensor scales = torch::stable::new_empty(k, {k.size(0), heads, N}, ScalarType::Float);
   int8_t* data = static_cast<int8_t*>(out.mutable_data_ptr());
   float* factors = static_cast<float*>(scales.mutable_data_ptr());
@@ -322,14 +389,14 @@ Outputs quantize_keys(const Tensor& k) {
     const int64_t group = item / chunks, first = item % chunks * kItemKeys;
     for (int64_t n = first; n < std::min(N, first + kItemKeys); ++n) {
       const void* key = keys.run(group / heads, group % heads, n).keys;
-      int8_t* row = data + (group * N + n) * D;
+      int8_t* row = data + (group * N + n) * width;
       float* scale = factors + group * N + n;
       if (keys.type == KeyType::kFloat32) {
-        quantize_row(static_cast<const float*>(key), D, row, scale);
+        quantize_row(static_cast<const float*>(key), D, nibbles, row, scale);
       } else if (keys.type == KeyType::kBFloat16) {
-        quantize_row(static_cast<const BFloat16*>(key), D, row, scale);
+        quantize_row(static_cast<const BFloat16*>(key), D, nibbles, row, scale);
       } else {
-        quantize_row(static_cast<const Float16*>(key), D, row, scale);
+        quantize_row(static_cast<const Float16*>(key), D, nibbles, row, scale);
       }
     }
   });

@@ -35,7 +35,6 @@ LC_INLINE uint32_t float_to_bits(float value) {
 constexpr float kInfinity = __builtin_inff();
 
 LC_INLINE float to_float(float value) { return value; }
-LC_INLINE float to_float(int8_t value) { return static_cast<float>(value); }
 LC_INLINE float to_float(BFloat16 value) {
   return bits_to_float(static_cast<uint32_t>(value.bits) << 16);
 }
@@ -92,10 +91,6 @@ LC_INLINE Vec load(const BFloat16* p) {
 }
 LC_INLINE Vec load(const Float16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-LC_INLINE Vec load(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
-  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes))};
 }
 LC_INLINE void store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
 LC_INLINE void store(BFloat16* p, Vec a) {
@@ -185,10 +180,6 @@ LC_INLINE Vec load(const BFloat16* p) {
 }
 LC_INLINE Vec load(const Float16* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))};
-}
-LC_INLINE Vec load(const int8_t* p) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes))};
 }
 LC_INLINE void store(float* p, Vec a) { _mm256_storeu_ps(p, a.v); }
 LC_INLINE void store(BFloat16* p, Vec a) {

@@ -1,4 +1,4 @@
-"""Which tokens the heads vote for: the exact vote, and two that read fewer bytes of keys."""
+"""Which tokens the heads vote for: the exact vote, and others that read fewer bytes of keys."""
 
 from __future__ import annotations
 
@@ -75,15 +75,16 @@ class Vote:
         scores, lse = votes.token_scores(q[batch], keys, scale=self.scale)
         return self._choose(scores, lse, k, low, layer)
 
-    def int8(
-        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+    def quantized(
+        self, bits: int, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
     ) -> Tokens:
-        """Votes with keys in 8 bits: half the bytes of bf16 keys, a quarter of fp32 ones."""
+        """Votes with keys in 8 or 4 bits: a quarter or an eighth of the bytes of fp32 keys."""
 
         def make(first: int, end: int) -> tuple[Tensor, ...]:
-            return votes.quantize_keys(k[:, :, first:end])
+            return votes.quantize_keys(k[:, :, first:end], bits=bits)
 
-        keys, steps = (x[batch, :, self.sink : low] for x in grown(layer.memory, "int8", low, make))
+        found = grown(layer.memory, f"int{bits}", low, make)
+        keys, steps = (x[batch, :, self.sink : low] for x in found)
         scores, lse = votes.token_scores(q[batch], keys, scales=steps, scale=self.scale)
         return self._choose(scores, lse, k, low, layer)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -53,10 +54,10 @@ class TokenSelect(Method):
         vote_scale: "1/sqrt(d)" votes with the scaled logits that attention uses, 1 with unscaled
             ones (as published). The first keeps more attention mass.
         pool: odd width of a maximum over neighbouring votes, 0 for none.
-        scoring: "exact" votes with all keys, half of what dense attention reads; "int8" with a copy
-            of the keys in 8 bits; "pages" with the keys of the best pages by their bounds, the
-            fastest, and exact enough where neighbouring keys are alike (docs/token-selection.md).
-            A prefill chunk always votes exactly.
+        scoring: "exact" votes with all keys, half of what dense attention reads; "int8" and "int4"
+            with a copy of the keys in 8 or 4 bits; "pages" with the keys of the best pages by their
+            bounds, which needs neighbouring keys that are alike (docs/token-selection.md). A
+            prefill chunk always votes exactly.
         page: keys per page of scoring="pages".
         coarse: tokens in those pages, in multiples of k.
         cache_threshold: reuse the last selection while the cosine with its query is at least this;
@@ -100,7 +101,7 @@ class TokenSelect(Method):
         self._expect_choice("cache_cosine", ("head", "layer"))
         self._expect_choice("scope", ("layer", "kv_head"))
         self._expect_choice("vote_scale", ("1/sqrt(d)", 1))
-        self._expect_choice("scoring", ("exact", "int8", "pages"))
+        self._expect_choice("scoring", ("exact", "int8", "int4", "pages"))
         self._expect_choice("positions", ("original", "compact"))
         if self.pool and self.pool % 2 == 0:
             raise ValueError(f"tokenselect: pool: expected 0 or an odd width, got {self.pool}")
@@ -187,8 +188,12 @@ class TokenSelect(Method):
             return tokens.to(k.device), start.to(k.device)
         vote = self._vote(layer)
         # Rows of one call begin their recent keys one after another, and pages would round that.
-        exactly = self.scoring == "exact" or (self.scoring == "pages" and q.shape[2] > 1)
-        score = vote.exact if exactly else getattr(vote, self.scoring)
+        score = {
+            "exact": vote.exact,
+            "int8": partial(vote.quantized, 8),
+            "int4": partial(vote.quantized, 4),
+            "pages": vote.pages if q.shape[2] == 1 else vote.exact,
+        }[self.scoring]
         if q.shape[2] == 1 and self.cache_threshold is not None:
             found = reuse(
                 q,

@@ -32,7 +32,7 @@ def patched(family: str = "llama", **options: Any) -> Any:
     return lowcontext.patch_model(tiny(family), "tokenselect", **{**SMALL, **options})
 
 
-@pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
+@pytest.mark.parametrize("scoring", ["exact", "int8", "int4", "pages"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_left_padded_batch_gives_what_each_row_gives_alone(scoring: str, positions: str) -> None:
     model = patched(scoring=scoring, positions=positions, page=4, cache_threshold=-0.1)

@@ -187,7 +187,7 @@ assert cache.layers[0].keys.shape[1] == 1, "expected local heads"
 select = {"k": 6, "sink": 2, "local": 4, "chunk": 8, "tail": 4, "page": 2, "coarse": 2}
 runs = [("dense", {}), ("streaming_llm", {"sink": 2, "window": 8, "block_q": 8, "block_k": 8})]
 for scope in ("layer", "kv_head"):
-    for scoring in ("exact", "int8", "pages"):
+    for scoring in ("exact", "int4", "pages"):
         runs.append(("tokenselect", {**select, "scope": scope, "scoring": scoring}))
     for cosine, threshold in (("head", 0.3), ("layer", 0.6)):
         cache = {"cache_cosine": cosine, "cache_threshold": threshold, "scoring": "exact"}

@@ -172,7 +172,7 @@ def test_chunks_of_any_size_are_causal_and_read_their_window() -> None:
         assert seen == 200
 
 
-@pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
+@pytest.mark.parametrize("scoring", ["exact", "int8", "int4", "pages"])
 def test_the_last_queries_of_a_prompt_select_one_by_one(
     scoring: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +197,7 @@ def test_the_last_queries_of_a_prompt_select_one_by_one(
     assert torch.equal(method.decode(q[:, :, 280:], k, layer).to_mask(20, 300), mask)
 
 
-@pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
+@pytest.mark.parametrize("scoring", ["exact", "int8", "int4", "pages"])
 def test_a_planted_needle_is_selected_among_many_tokens(scoring: str) -> None:
     q, k = rand(1, 8, 1, 64), rand(1, 2, 8192, 64, seed=1)
     k[:, 0, 3001] = 1.5 * q[:, 0, 0]
@@ -269,7 +269,7 @@ def test_dropped_memory_selects_anew() -> None:
     assert not torch.equal(reused, exact)
 
 
-@pytest.mark.parametrize("scoring", ["exact", "int8", "pages"])
+@pytest.mark.parametrize("scoring", ["exact", "int8", "int4", "pages"])
 def test_rows_of_a_batch_reuse_on_their_own(scoring: str) -> None:
     method = make(cache_threshold=0.9, scoring=scoring, page=8)
     k = rand(3, 2, 460, 16, seed=1)
@@ -320,7 +320,7 @@ def structured(Lk: int = 4096, G: int = 4) -> tuple[Tensor, Tensor]:
     return q, k
 
 
-@pytest.mark.parametrize(("scoring", "share"), [("int8", 0.998), ("pages", 0.9)])
+@pytest.mark.parametrize(("scoring", "share"), [("int8", 0.998), ("int4", 0.97), ("pages", 0.9)])
 def test_cheaper_scoring_keeps_most_of_the_mass_and_survives_lost_memory(
     scoring: str, share: float
 ) -> None:

@@ -90,18 +90,49 @@ def test_scores_of_pages_equal_the_scores_of_their_keys(backend: str, G: int, he
     torch.testing.assert_close(lse.double(), expected.logsumexp(-1), atol=1e-5, rtol=1e-5)
 
 
+def unpacked(small: Tensor) -> Tensor:
+    """The integers of keys in 8 or 4 bits, channel by channel."""
+    if small.dtype == torch.int8:
+        return small.long()
+    nibbles = torch.cat([small.long() & 15, small.long() >> 4], dim=-1)
+    return torch.where(nibbles < 8, nibbles, nibbles - 16)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_quantised_keys_are_within_half_a_step(backend: str, dtype: torch.dtype) -> None:
+def test_quantised_keys_are_within_half_a_step(backend: str, dtype: torch.dtype, bits: int) -> None:
     k = rand(2, 3, 1100, 40).to(dtype)
     k[:, :, 5] = 0
-    small, scales = votes.quantize_keys(poisoned(k), backend=backend)
-    error = (small.double() * scales.double()[..., None] - k.double()).abs()
+    small, scales = votes.quantize_keys(poisoned(k), bits=bits, backend=backend)
+    error = (unpacked(small) * scales.double()[..., None] - k.double()).abs()
     assert bool((error <= 0.5001 * scales.double()[..., None]).all())
-    assert bool((scales == k.float().abs().amax(-1) / 127).all())
-    q = rand(2, 6, 1, 40, seed=1)
-    scores, _ = votes.token_scores(q, small, scales=scales, backend=backend)
-    expected = oracle_scores(q, small.double() * scales.double()[..., None], 1.0)
-    torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
+    assert bool((scales == k.float().abs().amax(-1) / (2 ** (bits - 1) - 1)).all())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("G", [1, 2, 4, 7, 8])
+@pytest.mark.parametrize(("R", "D"), [(1, 128), (1, 256), (3, 40), (2, 6), (1, 1030)])
+def test_scores_of_quantised_keys_equal_the_product_of_their_integers(
+    backend: str, bits: int, G: int, R: int, D: int
+) -> None:
+    q, k = rand(2, 2 * G, R, D), rand(2, 2, 333, D, seed=1)
+    q[0, 0], k[0, 0, 7] = 0, 0
+    # The largest sums that 32 bits must hold.
+    q[1, 0, 0], k[1, 0, 5] = q.max(), k.max()
+    small, scales = votes.quantize_keys(k, bits=bits, backend="reference")
+    wide = torch.empty(2, 2, 333, small.shape[3] + 3, dtype=small.dtype).fill_(99)
+    wide[..., : small.shape[3]] = small
+    scores, lse = votes.token_scores(
+        q, wide[..., : small.shape[3]], scales=scales, scale=0.3, backend=backend
+    )
+    levels = min(32767, (2**31 - 1) // (127 * D))
+    step = (q.abs().amax(-1, keepdim=True) / levels).double()
+    rounded = (q.double() / step.where(step > 0, 1)).round() * step
+    assert float((rounded - q).abs().max()) <= 0.51 * float(step.max())
+    expected = oracle_scores(rounded, unpacked(small) * scales.double()[..., None], 0.3)
+    size = 0.3 * float(q.norm(dim=-1).max() * k.norm(dim=-1).max())
+    torch.testing.assert_close(scores.double(), expected, atol=1e-6 * size, rtol=1e-5)
+    torch.testing.assert_close(lse.double(), expected.logsumexp(-1), atol=1e-6 * size, rtol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [1, 2, 4])
@@ -193,14 +224,16 @@ def test_the_fake_ops_agree_with_the_real_ones() -> None:
     votes.topk(votes.soft_vote(*votes.token_scores(q, k)), 4)  # registers the fakes
     ops = torch.ops.lowcontext
     starts = torch.tensor([[[0, 8, 32]]], dtype=torch.int32)
-    small, scales = ops.quantize_keys(k)
+    small, scales = ops.quantize_keys(k, 8)
     calls = [
         (ops.token_scores, (q, k, None, None, 1, 1.0, True)),
         (ops.token_scores, (q, small, scales, starts, 8, 1.0, False)),
         (ops.soft_vote, (torch.zeros(1, 4, 2, 9), torch.zeros(1, 4, 2), 2)),
         (ops.topk, (torch.zeros(3, 9), 4, None)),
         (ops.page_scores, (q, torch.zeros(1, 2, 5, 32))),
-        (ops.quantize_keys, (k,)),
+        (ops.quantize_keys, (k, 8)),
+        (ops.quantize_keys, (k, 4)),
+        (ops.token_scores, (q, *ops.quantize_keys(k, 4), None, 1, 1.0, True)),
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
@@ -223,6 +256,9 @@ def test_arguments_are_checked_by_name() -> None:
         ("bounds", ValueError, lambda: votes.page_scores(q, k)),
         ("page", ValueError, lambda: votes.page_bounds(k, 0)),
         ("k", TypeError, lambda: votes.quantize_keys(k.long())),
+        ("bits", ValueError, lambda: votes.quantize_keys(k, bits=5)),
+        ("k", ValueError, lambda: votes.quantize_keys(k[..., :7], bits=4)),
+        ("k", ValueError, lambda: votes.token_scores(q, k.to(torch.uint8), scales=k[..., 0])),
     ]:
         with pytest.raises(error, match=f"^{name}: expected"):
             call()

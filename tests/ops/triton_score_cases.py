@@ -173,7 +173,7 @@ def test_the_vote_ops_trace_into_one_graph() -> None:
     q, k = rand(1, 4, 2, 16).to(DEVICE), rand(1, 2, 40, 16).to(DEVICE)
 
     def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        small, scales = vote_kernels.quantize_keys(k)
+        small, scales = vote_kernels.quantize_keys(k, 8)
         scores, lse = vote_kernels.token_scores(q, small, scales, None, 1, 0.5, True)
         pages = vote_kernels.page_scores(q, votes.page_bounds(k, 8))
         return vote_kernels.soft_vote(scores, lse, 2), pages
@@ -194,7 +194,8 @@ def test_the_fake_vote_ops_agree_with_the_real_ones() -> None:
         (ops.token_scores, (q, small, scales, starts, 8, 1.0, False)),
         (ops.soft_vote, (zeros, zeros[..., 0].clone(), 2)),
         (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE))),
-        (ops.quantize_keys, (k.transpose(1, 2).contiguous().transpose(1, 2),)),
+        (ops.quantize_keys, (k.transpose(1, 2).contiguous().transpose(1, 2), 8)),
+        (ops.quantize_keys, (k, 4)),
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -39,11 +39,13 @@ def token_scores(
 
     Args:
         q: fp32 [B, Hq, R, D].
-        k: [B, Hkv, N, D], a floating dtype, last dim contiguous; or int8 with `scales`.
+        k: [B, Hkv, N, D], a floating dtype, last dim contiguous; or what `quantize_keys` made of
+            keys, with `scales`: int8, or uint8 [B, Hkv, N, D / 2]. Queries are then rounded to 15
+            bits and a sign in steps of their largest element, which the kernels multiply as such.
         scale: factor of the scores.
         causal: row r scores the first `N - (R - 1 - r)` keys, the others are -inf. With `pages`
             every row scores every key of them.
-        scales: fp32 [B, Hkv, N]; key i is `scales[i] * k[i]`, as `quantize_keys` returns them.
+        scales: fp32 [B, Hkv, N]; key i is `scales[i]` times its integers.
         pages: (int32 [B or 1, Hkv or 1, M], width): score only the `width` keys from each of these
             positions; N is then `M * width`. A page must lie within the keys.
         backend: "auto", "native" or "reference".
@@ -63,13 +65,16 @@ def token_scores(
         (torch.Size([1, 8, 1, 1000]), torch.Size([1, 8, 1]))
     """
     _check_float32("q", q, 4)
-    _check_heads(q, "k", k, q.shape[3])
-    if k.dtype != torch.int8 and k.dtype not in _KEY_DTYPES:
-        raise TypeError(f"k: expected a floating dtype or int8, got {k.dtype}")
-    if (scales is not None) != (k.dtype == torch.int8):
+    whole = k.dtype in (torch.int8, torch.uint8)
+    if not whole and k.dtype not in _KEY_DTYPES:
+        raise TypeError(f"k: expected a floating dtype, int8 or uint8, got {k.dtype}")
+    if k.dtype == torch.uint8 and q.shape[3] % 2:
+        raise ValueError(f"q: expected an even last dim with uint8 keys, got {q.shape[3]}")
+    _check_heads(q, "k", k, q.shape[3] // 2 if k.dtype == torch.uint8 else q.shape[3])
+    if (scales is not None) != whole:
         raise ValueError(
-            f"scales: expected with int8 keys and with no others, got {type(scales).__name__} "
-            f"with {k.dtype}"
+            f"scales: expected with int8 and uint8 keys and with no others, got "
+            f"{type(scales).__name__} with {k.dtype}"
         )
     if scales is not None:
         _check_float32("scales", scales, 3)
@@ -88,6 +93,8 @@ def token_scores(
             )
         if not 0 < width <= k.shape[2]:
             raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {width}")
+    if whole:
+        q = _round_queries(q)
     run = _dispatch.implementation(_BACKENDS, "token_scores", backend, k)
     return run(q, k, scales, starts, width, float(scale), causal and starts is None)
 
@@ -211,17 +218,19 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     return _dispatch.implementation(_BACKENDS, "page_scores", backend, bounds)(q, bounds)
 
 
-def quantize_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
-    """Keys in 8 bits with one scale for each key: scale = max |k_d| / 127, rounded to even.
+def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """Keys in few bits with one scale for each key, the largest |k_d| over 127 or over 7.
 
-    For scoring only; attention reads the keys themselves.
+    For scoring only; attention reads the keys themselves. Rounded to even.
 
     Args:
         k: [B, Hkv, N, D], a floating dtype.
+        bits: 8, or 4 for an even D.
         backend: "auto", "native" or "reference".
 
     Returns:
-        int8 [B, Hkv, N, D] and fp32 [B, Hkv, N].
+        int8 [B, Hkv, N, D], or for 4 bits uint8 [B, Hkv, N, D / 2], whose entry i holds channel i
+        in the low and channel i + D / 2 in the high bits; and the scales, fp32 [B, Hkv, N].
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -231,7 +240,18 @@ def quantize_keys(k: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
         raise TypeError(f"k: expected a floating dtype, got {got}")
     if k.dim() != 4:
         raise ValueError(f"k: expected 4 dimensions [B, Hkv, N, D], got {list(k.shape)}")
-    return _dispatch.implementation(_BACKENDS, "quantize_keys", backend, k)(k)
+    if bits not in (8, 4):
+        raise ValueError(f"bits: expected 8 or 4, got {bits}")
+    if bits == 4 and k.shape[3] % 2:
+        raise ValueError(f"k: expected an even last dim for 4 bits, got {k.shape[3]}")
+    return _dispatch.implementation(_BACKENDS, "quantize_keys", backend, k)(k, bits)
+
+
+def _round_queries(q: Tensor) -> Tensor:
+    """Queries in 16-bit steps, so that sums of D products with 8-bit keys fit 32 bits."""
+    levels = min(32767, (2**31 - 1) // (127 * max(q.shape[3], 1)))
+    step = q.abs().amax(dim=-1, keepdim=True) / levels
+    return (q / torch.where(step > 0, step, 1.0)).round() * step
 
 
 def _check_float32(name: str, x: Tensor, dims: int) -> None:

@@ -37,6 +37,9 @@ def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     return q.new_empty(*q.shape[:3], bounds.shape[2])
 
 
-def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Shapes of `lowcontext.ops.votes.quantize_keys`."""
-    return k.new_empty(k.shape, dtype=torch.int8), k.new_empty(k.shape[:3], dtype=torch.float32)
+    small = k.new_empty(k.shape, dtype=torch.int8)
+    if bits == 4:
+        small = k.new_empty(*k.shape[:3], k.shape[3] // 2, dtype=torch.uint8)
+    return small, k.new_empty(k.shape[:3], dtype=torch.float32)

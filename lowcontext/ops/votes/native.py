@@ -17,7 +17,7 @@ _load = loader(
         "quantize_keys": _fakes.quantize_keys,
     }
 )
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 
 
 def supports(op: str, like: Tensor) -> str | None:
@@ -25,7 +25,7 @@ def supports(op: str, like: Tensor) -> str | None:
     if like.device.type != "cpu":
         return f"its kernels run on the CPU, the tensor is on {like.device.type}"
     if like.dtype not in _DTYPES:
-        return f"its kernels take fp32, bf16, fp16 and int8, the tensor is {like.dtype}"
+        return f"its kernels take fp32, bf16, fp16, int8 and uint8, the tensor is {like.dtype}"
     if like.dim() and like.shape[-1] > 1 and like.stride(-1) != 1:
         return f"its kernels take a contiguous last dim, the tensor has stride {like.stride(-1)}"
     return None
@@ -66,7 +66,7 @@ def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     return torch.ops.lowcontext.page_scores(q if q.stride(3) == 1 else q.contiguous(), bounds)
 
 
-def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.quantize_keys`."""
     _load()
-    return torch.ops.lowcontext.quantize_keys(k)
+    return torch.ops.lowcontext.quantize_keys(k, bits)

@@ -26,6 +26,8 @@ def token_scores(
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.token_scores`."""
     R, Hkv = q.shape[2], k.shape[1]
+    if k.dtype == torch.uint8:
+        k = _unpack(k)
     if starts is not None:
         offsets = torch.arange(width, device=k.device)
         keys = (starts.long()[..., None] + offsets).flatten(2).expand(*k.shape[:2], -1)
@@ -89,10 +91,21 @@ def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     return rearrange(scores, "b h (g r) p -> b (h g) r p", r=q.shape[2])
 
 
-def quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.quantize_keys`."""
     keys = k.float()
     largest = keys.abs().amax(dim=-1)
-    # Not 127.0 / largest: that is a product with the reciprocal, rounded twice.
-    factor = torch.where(largest > 0, torch.full_like(largest, 127.0) / largest, 0.0)
-    return (keys * factor[..., None]).round().to(torch.int8), largest / 127.0
+    levels = 2.0 ** (bits - 1) - 1
+    # Not levels / largest: that is a product with the reciprocal, rounded twice.
+    factor = torch.where(largest > 0, torch.full_like(largest, levels) / largest, 0.0)
+    whole = (keys * factor[..., None]).round().to(torch.int8)
+    if bits == 4:
+        low, high = whole.chunk(2, dim=-1)
+        whole = (low & 15 | high << 4).view(torch.uint8)
+    return whole, largest / levels
+
+
+def _unpack(k: Tensor) -> Tensor:
+    """The signed 4-bit integers of uint8 [..., D / 2] as int8 [..., D]."""
+    k = k.view(torch.int8)
+    return torch.cat([k << 4 >> 4, k >> 4], dim=-1)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.triton import execute, operator, unfit_device
-from lowcontext.ops.votes import _fakes
+from lowcontext.ops.votes import _fakes, reference
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 _MAX_D = 256
@@ -62,9 +62,11 @@ def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     return out
 
 
-def _quantize_keys(k: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton import scores
 
+    if bits == 4:
+        return reference.quantize_keys(k, bits)
     launches, small, scales = scores.plan_quantize_keys(k)
     execute(launches, k.device)
     return small, scales
