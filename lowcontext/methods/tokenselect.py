@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -188,12 +188,13 @@ class TokenSelect(Method):
             return tokens.to(k.device), start.to(k.device)
         vote = self._vote(layer)
         # Rows of one call begin their recent keys one after another, and pages would round that.
-        score = {
+        scorings: dict[str, Callable[..., Tokens]] = {
             "exact": vote.exact,
             "int8": partial(vote.quantized, 8),
             "int4": partial(vote.quantized, 4),
             "pages": vote.pages if q.shape[2] == 1 else vote.exact,
-        }[self.scoring]
+        }
+        score = scorings[self.scoring]
         if q.shape[2] == 1 and self.cache_threshold is not None:
             found = reuse(
                 q,
