@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "line_index(Tensor vertical, Tensor slash, int Lq, int block, int tiles, int columns, "
       "Tensor? dense_from) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def("antidiagonal_scores(Tensor q, Tensor k, int stride, int block, float scale) -> Tensor");
-  m.def("block_means(Tensor x, int offset, int block) -> Tensor");
+  m.def("block_means(Tensor x, int block, int offset) -> Tensor");
   m.def(
       "token_scores(Tensor q, Tensor k, Tensor? scales, Tensor? starts, int width, float scale, "
       "bool causal) -> (Tensor, Tensor)");

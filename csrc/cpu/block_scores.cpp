@@ -52,7 +52,7 @@ Tensor antidiagonal_scores(const Tensor& q, const Tensor& k, int64_t stride, int
   return scores;
 }
 
-Tensor block_means(const Tensor& x, int64_t offset, int64_t block) {
+Tensor block_means(const Tensor& x, int64_t block, int64_t offset) {
   const Problem p = make_problem(x, x, x, 1.0, 0.0, std::nullopt);
   LC_CHECK(offset >= 0, "offset", "at least 0", offset);
   LC_CHECK(block > 0, "block", "at least 1", block);

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
@@ -79,11 +78,6 @@ def diagonal_sums(slash: Tensor, block: int) -> Tensor:
     above = (padded * (1 - share)).sum(-1)
     below = (padded * share).sum(-1)
     return above + torch.nn.functional.pad(below, (1, -1))
-
-
-def block_means(k: Tensor, block: int) -> Tensor:
-    """fp32 mean of each block of keys: [B, Hkv, n * block, D] to [B, Hkv, n, D]."""
-    return rearrange(k, "b h (n s) d -> b h n s d", s=block).mean(dim=3, dtype=torch.float32)
 
 
 def grown(

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import block_means, block_statistics
+from lowcontext.methods._select import block_statistics
 from lowcontext.methods.base import LayerContext, Method
 from lowcontext.ops import votes
+from lowcontext.ops.block_scores import block_means
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class BlockTopK(Method):
         if limit * width >= Lk:
             return None
         means = block_statistics(layer.memory, k, width, block_means)
-        pooled = _pool_queries(q, Lk - Lq, block_q)  # [B, Hq, Nq, D]
+        pooled = q.float() if block_q == 1 else block_means(q, block_q, offset=Lk - Lq)
 
         first, Nq = BlockIndex.query_blocks(Lq, Lk, block_q)
         block = torch.arange(first, first + Nq, device=q.device)
@@ -111,15 +112,3 @@ def _merge(
     blocks = torch.where(slot < sinks + chosen, blocks, tail)
     total = (sinks + chosen + local1 + 1 - local0)[..., 0]
     return BlockIndex(total.to(torch.int32), blocks * block_size[1], block_size)
-
-
-def _pool_queries(q: Tensor, offset: int, block_q: int) -> Tensor:
-    """fp32 mean of the queries of each block anchored at position 0: [B, Hq, Nq, D]."""
-    if block_q == 1:
-        return q.float()
-    B, H, Lq, D = q.shape
-    first, Nq = BlockIndex.query_blocks(Lq, offset + Lq, block_q)
-    block = torch.arange(offset, offset + Lq, device=q.device) // block_q - first
-    sums = q.new_zeros(B, H, Nq, D, dtype=torch.float32).index_add_(2, block, q.float())
-    rows = torch.zeros(Nq, device=q.device).index_add_(0, block, torch.ones(Lq, device=q.device))
-    return sums / rows[:, None]

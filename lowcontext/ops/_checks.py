@@ -13,18 +13,11 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     """Raises unless q [B, Hq, Lq, D], k [B, Hkv, Lk, D] and v [B, Hkv, Lk, Dv] fit each other."""
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-        if x.dim() != 4:
-            raise ValueError(f"{name}: expected 4 dimensions [B, H, L, D], got {list(x.shape)}")
-        if x.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+        check_floats(name, x)
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: expected dtype {q.dtype} of q, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected device {q.device} of q, got {x.device}")
-        if x.shape[3] > 1 and x.stride(3) != 1:
-            raise ValueError(f"{name}: expected a contiguous last dim, got stride {x.stride(3)}")
     B, Hq, Lq, D = q.shape
     Hkv, Lk = k.shape[1], k.shape[2]
     if k.shape != (B, Hkv, Lk, D):
@@ -35,6 +28,18 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q: expected a multiple of {Hkv} heads, got {Hq}")
     if Lq > Lk:
         raise ValueError(f"q: expected at most Lk={Lk} queries, got Lq={Lq}")
+
+
+def check_floats(name: str, x: Tensor) -> None:
+    """Raises unless x is a floating tensor [B, H, L, D] with a contiguous last dim."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: expected 4 dimensions [B, H, L, D], got {list(x.shape)}")
+    if x.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.shape[3] > 1 and x.stride(3) != 1:
+        raise ValueError(f"{name}: expected a contiguous last dim, got stride {x.stride(3)}")
 
 
 def check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowcontext.methods._select import block_means, block_statistics, top_k_mask
+from lowcontext.methods._select import block_statistics, top_k_mask
+from lowcontext.ops.block_scores import block_means
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops import native
-from lowcontext.ops.block_scores import antidiagonal_scores, pooled_scores, reference
+from lowcontext.ops.block_scores import antidiagonal_scores, block_means, pooled_scores, reference
 
 needs_native = pytest.mark.skipif(
     native.status() is not None, reason=f"native backend: {native.status()}"
@@ -216,8 +216,8 @@ def test_the_fake_ops_agree_with_the_real_ones() -> None:
     ops = torch.ops.lowcontext
     calls = [
         (ops.antidiagonal_scores, (q, k, 16, 128, 0.5)),
-        (ops.block_means, (q, 260, 64)),
-        (ops.block_means, (k, 0, 64)),
+        (ops.block_means, (q, 64, 260)),
+        (ops.block_means, (k, 64, 0)),
     ]
     for op, args in calls:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
@@ -257,4 +257,8 @@ def test_wrong_arguments_are_named() -> None:
         antidiagonal_scores(q, k, stride=0)
     with pytest.raises(TypeError, match="block: expected an int, got 64.0"):
         pooled_scores(q, k, block=64.0)
+    with pytest.raises(TypeError, match="x: expected a floating dtype, got torch.int64"):
+        block_means(k.long(), 16)
+    with pytest.raises(ValueError, match="offset: expected at least 0, got -1"):
+        block_means(k, 16, offset=-1)
     assert math.isfinite(float(pooled_scores(q, k).sum()))

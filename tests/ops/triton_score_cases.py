@@ -303,14 +303,13 @@ def test_the_block_ops_trace_into_one_graph_with_their_fakes() -> None:
     q, k = rand(1, 4, 20, 16).to(DEVICE), rand(1, 2, 40, 16).to(DEVICE)
 
     def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        pooled = block_kernels.pooled_scores(q, k, block=16, scale=0.5)
-        return pooled, block_kernels.antidiagonal_scores(q, k, stride=4, block=16, scale=0.5)
+        means = block_kernels.block_means(q, 16, 20)
+        return means, block_kernels.antidiagonal_scores(q, k, stride=4, block=16, scale=0.5)
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(q, k), both(q, k), strict=True):
         assert torch.equal(a, b)
     ops, tests = torch.ops.lowcontext_triton, ("test_schema", "test_faketensor")
-    options = {"block": 16, "scale": 0.5}
-    torch.library.opcheck(ops.pooled_scores.default, (q, k), options, test_utils=tests)
-    options |= {"stride": 4}
+    torch.library.opcheck(ops.block_means.default, (q, 16, 20), test_utils=tests)
+    options = {"stride": 4, "block": 16, "scale": 0.5}
     torch.library.opcheck(ops.antidiagonal_scores.default, (q, k), options, test_utils=tests)

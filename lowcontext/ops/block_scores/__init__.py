@@ -1,15 +1,44 @@
-"""Scores of key blocks for blocks of queries, cheaper than the logits themselves."""
+"""Means of blocks, and scores of key blocks that are cheaper than the logits themselves."""
 
 from __future__ import annotations
 
+from einops import rearrange
 from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
 from lowcontext.ops.block_scores import native, reference, triton
 
-__all__ = ["antidiagonal_scores", "pooled_scores"]
+__all__ = ["antidiagonal_scores", "block_means", "pooled_scores"]
 
 _BACKENDS = {"native": native, "triton": triton, "reference": reference}
+
+
+def block_means(x: Tensor, block: int, *, offset: int = 0, backend: str = "auto") -> Tensor:
+    """The mean of each block of tokens, over those that exist.
+
+    Args:
+        x: [B, H, L, D].
+        block: tokens per block; blocks are anchored at position 0.
+        offset: position of the first row of x.
+        backend: "auto" or a backend's name.
+
+    Returns:
+        fp32 [B, H, n, D] for the blocks from `offset // block` to that of the last row.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> from lowcontext.ops.block_scores import block_means
+        >>> x = torch.arange(6.0).view(1, 1, 6, 1)  # positions 3 to 8: one in block 0
+        >>> block_means(x, 4, offset=3)[0, 0, :, 0].tolist()
+        [0.0, 2.5, 5.0]
+    """
+    _checks.check_floats("x", x)
+    _expect_int("block", block, 1)
+    _expect_int("offset", offset, 0)
+    return _means(x, block, offset, backend)
 
 
 def pooled_scores(
@@ -48,9 +77,13 @@ def pooled_scores(
         torch.Size([1, 4, 2, 5])
     """
     _checks.check_qkv(q, k, k)
-    _expect_block("block", block)
-    run = _dispatch.implementation(_BACKENDS, "pooled_scores", backend, q)
-    return run(q, k, block=block, scale=_checks.check_scale(scale, q.shape[3]))
+    _expect_int("block", block, 1)
+    queries = _means(q, block, k.shape[2] - q.shape[2], backend)
+    keys = _means(k, block, 0, backend)
+    # A product of matrices on 1 / block of the tokens: the library's kernel.
+    grouped = rearrange(queries, "b (h g) n d -> b h (g n) d", h=k.shape[1])
+    scores = grouped * _checks.check_scale(scale, q.shape[3]) @ keys.transpose(2, 3)
+    return rearrange(scores, "b h (g n) m -> b (h g) n m", n=queries.shape[2])
 
 
 def antidiagonal_scores(
@@ -93,16 +126,20 @@ def antidiagonal_scores(
         [8.0, 8.0, 8.0, 8.0]
     """
     _checks.check_qkv(q, k, k)
-    _expect_block("stride", stride)
-    _expect_block("block", block)
+    _expect_int("stride", stride, 1)
+    _expect_int("block", block, 1)
     if block % stride:
         raise ValueError(f"block: expected a multiple of stride={stride}, got {block}")
     run = _dispatch.implementation(_BACKENDS, "antidiagonal_scores", backend, q)
     return run(q, k, stride=stride, block=block, scale=_checks.check_scale(scale, q.shape[3]))
 
 
-def _expect_block(name: str, value: int) -> None:
+def _means(x: Tensor, block: int, offset: int, backend: str) -> Tensor:
+    return _dispatch.implementation(_BACKENDS, "block_means", backend, x)(x, block, offset)
+
+
+def _expect_int(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from lowcontext.ops import native
-from lowcontext.ops.block_scores._fakes import fake_scores
+from lowcontext.ops.block_scores._fakes import fake_means, fake_scores
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
@@ -23,19 +22,14 @@ def supports(op: str, like: Tensor) -> str | None:
     if D % 8 or not 0 < D <= _MAX_HEAD_DIM:
         return f"its kernels take a head_dim that is a multiple of 8 up to 256, got {D}"
     if 0 in like.shape:
-        return f"its kernels take at least one query, got {list(like.shape)}"
+        return f"its kernels take at least one token, got {list(like.shape)}"
     return None
 
 
-def pooled_scores(q: Tensor, k: Tensor, *, block: int, scale: float) -> Tensor:
-    """See `lowcontext.ops.block_scores.pooled_scores`."""
+def block_means(x: Tensor, block: int, offset: int) -> Tensor:
+    """See `lowcontext.ops.block_scores.block_means`."""
     _load()
-    means = torch.ops.lowcontext.block_means
-    queries = means(q, k.shape[2] - q.shape[2], block) * scale
-    # A product of matrices on what is left, 1 / block of the tokens: the library's kernel.
-    grouped = rearrange(queries, "b (h g) n d -> b h (g n) d", h=k.shape[1])
-    scores = grouped @ means(k, 0, block).transpose(2, 3)
-    return rearrange(scores, "b h (g n) m -> b (h g) n m", n=queries.shape[2])
+    return torch.ops.lowcontext.block_means(x, block, offset)
 
 
 def antidiagonal_scores(q: Tensor, k: Tensor, *, stride: int, block: int, scale: float) -> Tensor:
@@ -48,9 +42,4 @@ def _fake_antidiagonal(q: Tensor, k: Tensor, stride: int, block: int, scale: flo
     return fake_scores(q, k, block)
 
 
-def _fake_means(x: Tensor, offset: int, block: int) -> Tensor:
-    blocks = -(-(offset + x.shape[2]) // block) - offset // block
-    return x.new_empty((*x.shape[:2], blocks, x.shape[3]), dtype=torch.float32)
-
-
-_load = native.loader({"antidiagonal_scores": _fake_antidiagonal, "block_means": _fake_means})
+_load = native.loader({"antidiagonal_scores": _fake_antidiagonal, "block_means": fake_means})

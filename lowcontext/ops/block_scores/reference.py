@@ -21,17 +21,8 @@ def supports(op: str, like: Tensor) -> str | None:
     return None
 
 
-def pooled_scores(q: Tensor, k: Tensor, *, block: int, scale: float) -> Tensor:
-    """See `lowcontext.ops.block_scores.pooled_scores`."""
-    queries = block_means(q, k.shape[2] - q.shape[2], block) * scale
-    keys = block_means(k, 0, block)
-    grouped = rearrange(queries, "b (h g) n d -> b h (g n) d", h=k.shape[1])
-    scores = grouped @ keys.transpose(2, 3)
-    return rearrange(scores, "b h (g n) m -> b (h g) n m", n=queries.shape[2])
-
-
-def block_means(x: Tensor, offset: int, block: int) -> Tensor:
-    """fp32 means over blocks of x [B, H, L, D], whose first row has position `offset`."""
+def block_means(x: Tensor, block: int, offset: int) -> Tensor:
+    """See `lowcontext.ops.block_scores.block_means`."""
     front = offset % block
     padded = _in_blocks(x, front, block)
     end = front + x.shape[2]

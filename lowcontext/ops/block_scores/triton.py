@@ -7,7 +7,7 @@ from einops import rearrange
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.ops.block_scores._fakes import fake_scores
+from lowcontext.ops.block_scores._fakes import fake_means, fake_scores
 from lowcontext.ops.triton import execute, operator, unfit_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -19,22 +19,18 @@ def supports(op: str, like: Tensor) -> str | None:
     if like.dtype not in _DTYPES:
         return f"its kernels take fp32, bf16 and fp16, got {like.dtype}"
     if not 0 < like.shape[3] <= _MAX_D or 0 in like.shape:
-        return f"its kernels take queries with a head_dim of 1 to {_MAX_D}, got {list(like.shape)}"
+        return f"its kernels take tokens with a head_dim of 1 to {_MAX_D}, got {list(like.shape)}"
     if like.shape[0] >= 2**16:
         return f"its kernels take a batch below {2**16}, got {like.shape[0]}"
     return unfit_device(like)
 
 
-def _pooled_scores(q: Tensor, k: Tensor, *, block: int, scale: float) -> Tensor:
+def _block_means(x: Tensor, block: int, offset: int) -> Tensor:
     from lowcontext.ops.triton.blocks import plan_block_means
 
-    pooled_q, queries = plan_block_means(q, k.shape[2] - q.shape[2], block)
-    pooled_k, keys = plan_block_means(k, 0, block)
-    execute([pooled_q, pooled_k], q.device)
-    # An fp32 product of matrices on what is left, 1 / block of the tokens: the library's kernel.
-    grouped = rearrange(queries * scale, "b (h g) n d -> b h (g n) d", h=k.shape[1])
-    scores = grouped @ keys.transpose(2, 3)
-    return rearrange(scores, "b h (g n) m -> b (h g) n m", n=queries.shape[2])
+    launch, means = plan_block_means(x, offset, block)
+    execute([launch], x.device)
+    return means
 
 
 def _antidiagonal_scores(q: Tensor, k: Tensor, *, stride: int, block: int, scale: float) -> Tensor:
@@ -49,14 +45,10 @@ def _antidiagonal_scores(q: Tensor, k: Tensor, *, stride: int, block: int, scale
     return rearrange(scores, "b h (n c) (m e) -> b h n m c e", c=parts, e=parts).sum(dim=(4, 5))
 
 
-def _fake_pooled(q: Tensor, k: Tensor, *, block: int, scale: float) -> Tensor:
-    return fake_scores(q, k, block)
-
-
 def _fake_antidiagonal(q: Tensor, k: Tensor, *, stride: int, block: int, scale: float) -> Tensor:
     return fake_scores(q, k, block)
 
 
 # See the functions of the same names in `lowcontext.ops.block_scores`.
-pooled_scores = operator("pooled_scores", _pooled_scores, _fake_pooled)
+block_means = operator("block_means", _block_means, fake_means)
 antidiagonal_scores = operator("antidiagonal_scores", _antidiagonal_scores, _fake_antidiagonal)
