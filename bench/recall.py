@@ -60,6 +60,7 @@ SWEEPS: dict[str, tuple[str, list[Any]]] = {
     "streaming_llm": ("window", [256, 512, 1024, 2048, 4096, 8192]),
     "hip": ("budget", [512, 1024, 2048, 4096]),
     "infinitehip": ("budget", [512, 1024, 2048, 4096]),
+    "tokenselect": ("k", [256, 512, 1024, 2048, 4096]),
 }
 
 
@@ -265,6 +266,9 @@ def draw(points: list[Point], N: int, path: Path) -> Path:
             color=line.get_color(),
         )
     axes.set_xscale("log")
+    shares = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+    axes.set_xticks(shares, [f"{share:.0%}" for share in shares])
+    axes.minorticks_off()
     axes.set_xlabel("density: share of the causal pairs that is read")
     axes.set_ylabel("recall: share of the dense softmax")
     axes.set_title(f"{N} tokens, structured inputs; large dots are defaults", fontsize=10)
