@@ -4,9 +4,10 @@
     python -m bench.hierarchy prefill
     python -m bench.hierarchy decode
 
-`growth` searches whole prompts of rising length. `prefill` and `decode` run what a patched model
-runs, search and attend, interleaved with SDPA on the same tensors. Selected lists are checked by
-attending over them: the kernel against the reference on the last block of queries.
+`growth` searches prompts of rising length, blocks of queries at some places of each, and fits the
+time of the last ones. `prefill` and `decode` run what a patched model runs, search and attend,
+interleaved with SDPA on the same tensors. Selected lists are checked by attending over them: the
+kernel against the reference on the last block of queries.
 """
 
 from __future__ import annotations
@@ -46,34 +47,62 @@ def growth(
     only: Annotated[str, typer.Option(help="One method.")] = "",
     out: Out = Path("bench/results"),
 ) -> None:
-    """CPU time of one thread: search of a whole prompt, attend of its last 1024 queries."""
+    """CPU time of one thread: search for blocks of a prompt, search and attend of its last ones."""
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for T in map(tokens, lengths.split(",")):
         Hq, Hkv = map(int, heads.split("/"))
         gen = torch.Generator().manual_seed(0)
         k = torch.randn(1, Hkv, T, 128, generator=gen).to(getattr(torch, dtype))
-        # The same queries for every chunk: the time of a search does not depend on them.
-        q = torch.randn(1, Hq, min(T, 8192), 128, generator=gen).to(k.dtype)
+        # The same queries everywhere: the time of a search does not depend on them.
+        q = torch.randn(1, Hq, SAMPLE, 128, generator=gen).to(k.dtype)
         for name in [only] if only else METHODS:
             method = get_method(name, dense_last=0)
-            context = LayerContext(layer_idx=LAYER)
-            began = time.process_time()
-            for end in range(q.shape[2], T + 1, q.shape[2]):
-                method.prefill(q, k[:, :, :end], context)
-            search = (time.process_time() - began) * 1e3
-            last = q[:, :, -1024:]
-            ours, attend = last_chunk(method, last, k)
+            prompt = searched(method, q, k)
+            ours, attend = last_chunk(method, q, k)
+            blocks = SAMPLE // method.block_q  # type: ignore[attr-defined]
             row = {"method": name, "length": T, "heads": heads, "dtype": dtype}
-            row |= {"search_ms": search, "search_last_ms": ours, "attend_last_ms": attend}
+            row |= {"search_ms": prompt, "search_block_ms": ours / blocks}
+            row |= {"attend_block_ms": attend / blocks, "search_over_attend": ours / attend}
             rows.append(row)
             print(
-                f"{name:12s} {T:7d}  prompt: search {search:9.0f} ms, "
-                f"{1e6 * search / (T * math.log2(T)):7.1f} ns / (T log2 T);  last 1024 queries: "
-                f"search {ours:7.1f}, attend {attend:7.1f} ms, ratio {ours / attend:.2f}",
+                f"{name:12s} {T:7d}  prompt: search {prompt:9.0f} ms, "
+                f"{1e6 * prompt / (T * math.log2(T)):7.1f} ns / (T log2 T);  last block: "
+                f"search {ours / blocks:6.3f}, attend {attend / blocks:6.3f} ms, "
+                f"ratio {ours / attend:.2f}",
                 flush=True,
             )
     write(out, "growth", rows)
+    for name in [only] if only else METHODS:
+        points = [(row["length"], row["search_block_ms"]) for row in rows if row["method"] == name]
+        for law, of in (("log2 T", math.log2), ("T", float)):
+            slope, r2 = fit([(of(T), ms) for T, ms in points])
+            print(f"{name:12s} search of the last block = a + b {law}: b {slope:.2e}, R2 {r2:.3f}")
+
+
+# Queries searched at each of so many places of a prompt.
+SAMPLE, PLACES = 1024, 8
+
+
+def searched(method: Method, q: Tensor, k: Tensor) -> float:
+    """CPU time in ms of searching a prompt, from the time at places spread over it."""
+    T = k.shape[2]
+    ends = {max(SAMPLE, round(T * (i + 0.5) / PLACES / SAMPLE) * SAMPLE) for i in range(PLACES)}
+    context = LayerContext(layer_idx=LAYER)
+    times = []
+    for end in sorted(ends):
+        began = time.process_time()
+        method.prefill(q, k[:, :, :end], context)
+        times.append((time.process_time() - began) * 1e3)
+    return sum(times) / len(times) * T / SAMPLE
+
+
+def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
+    """Slope and R2 of the straight line through the points."""
+    x, y = torch.tensor(points, dtype=torch.float64).T
+    x, y = x - x.mean(), y - y.mean()
+    slope = (x @ y) / (x @ x)
+    return float(slope), float(1 - ((y - slope * x) ** 2).sum() / (y @ y))
 
 
 def last_chunk(method: Method, q: Tensor, k: Tensor) -> tuple[float, float]:

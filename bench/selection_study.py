@@ -155,43 +155,45 @@ def searches() -> Iterator[tuple[str, TreeOptions | StageOptions]]:
     for beam in (512, 1024):  # leaves themselves are listed, as published
         tree = TreeOptions(block_k=2, leaf=2, key_stride=1, beam=beam, row_stride=4)
         yield f"tree, leaf 2 listed, beam {beam}", tree
-    for leaf, stride in ((2, 1), (8, 4), (32, 4), (64, 8), (64, 4)):
-        for beam in (512, 1024):
+    for leaf, stride in ((2, 1), (8, 4), (64, 8), (64, 4)):
+        for beam in (256, 512, 1024) if stride == 4 else (512,):
             tree = TreeOptions(leaf=leaf, key_stride=stride, beam=beam, row_stride=4)
             yield f"tree, leaf {leaf}, stride {stride}, beam {beam}", tree
-    tree = TreeOptions(leaf=64, key_stride=4, beam=1024, row_stride=4)
-    name = "tree, leaf 64, stride 4, beam 1024"
+    tree = TreeOptions(leaf=64, key_stride=4, beam=512, row_stride=4)
+    name = "tree, leaf 64, stride 4, beam 512"
     yield f"{name}, spread", replace(tree, representative="spread")
-    for rows, row_stride in (("mean", 1), ("mean", 16), ("mean", 64), ("last", 16)):
+    for rows, row_stride in (("mean", 1), ("mean", 32), ("mean", 64), ("last", 32)):
         yield f"{name}, {rows} of {row_stride}", replace(tree, row_stride=row_stride, rows=rows)
-    yield "tree, leaf 64, stride 1, beam 1024", replace(tree, key_stride=1)
-    spread = TreeOptions(leaf=8, key_stride=4, beam=1024, row_stride=4, representative="spread")
-    yield "tree, leaf 8, stride 4, beam 1024, spread", spread
+    yield "tree, leaf 64, stride 1, beam 512", replace(tree, key_stride=1)
     published = ((256, 32768), (32, 8192), (8, 0))
-    stages = StageOptions(block_k=8, stages=tuple(Stage(*s) for s in published))
-    yield "stages 256:32768 32:8192 8, listed", stages
+    listed = StageOptions(block_k=8, stages=tuple(Stage(*s, row_stride=4) for s in published))
+    yield "stages 256:32768 32:8192 8, listed", listed
     for text in (
         "256:32768 32:8192 8",
-        "256:65536 64:16384 8",
         "64:8192 8",
-        "64:16384 8",
         "64:16384 2",
-        "32:8192 8",
+        "64:32768 2",
+        "32:16384 2",
+        "32:32768 2",
         "64",
         "32",
         "16",
     ):
         parts = (map(int, part.split(":")) for part in text.split())
-        yield f"stages {text}", StageOptions(stages=tuple(Stage(*part) for part in parts))
+        stages = tuple(replace(Stage(*part), row_stride=4) for part in parts)
+        yield f"stages {text}", StageOptions(stages=stages)
+    pooled = StageOptions(stages=(Stage(64, 32768, 32), Stage(2, row_stride=32)))
+    yield "stages 64:32768 2, mean of 32", pooled
 
 
 def loads(options: TreeOptions | StageOptions, candidates: int) -> int:
     """Keys that a search reads."""
     if isinstance(options, TreeOptions):
         leaves = candidates // options.leaf
-        levels = (max(1, -(-leaves // options.beam)) - 1).bit_length()
-        nodes = 2 * options.beam * levels if levels else leaves
-        return min(nodes, leaves * max(1, levels)) * (options.leaf // options.key_stride)
+        node, nodes = 1, 0
+        while -(-leaves // node) > 2 * options.beam:
+            node, nodes = 2 * node, nodes + 2 * options.beam
+        return (nodes + -(-leaves // node)) * (options.leaf // options.key_stride)
     total = 0
     for stage in options.stages:
         rounds = max(1, (stage.chunk - 1).bit_length())

@@ -1,6 +1,7 @@
 // Searches for the tiles of high scores among the keys between sink and window: HiP's tree and
-// InfiniteHiP's stages. One task per batch row, list and block of queries; tasks depend on nothing
-// but their inputs, so the result does not depend on the number of threads.
+// InfiniteHiP's stages. A task searches for some consecutive blocks of queries of one batch row and
+// list. What a block lists depends on nothing but the inputs, so the result does not depend on the
+// number of threads.
 #pragma once
 
 #include <cstdint>

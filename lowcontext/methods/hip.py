@@ -38,7 +38,7 @@ class HiP(HierarchicalMethod):
     name: ClassVar[str] = "hip"
 
     leaf: int = 64
-    beam: int = 1024
+    beam: int = 512
     key_stride: int = 4
     decode_stride: int = 1
     row_stride: int = 32

@@ -44,16 +44,18 @@ def hip_tree(
     """Finds the tiles of high scores by a beam search over a binary tree of key intervals.
 
     For each block of queries the candidate keys, those between the sink and the window of its first
-    query, are cut into leaves, and the leaves into at most `beam` equal intervals. Each level
-    splits every interval in the middle, scores both halves by the largest q . k of a scored row and
-    a key of the leaf that represents the half, and keeps the best `beam`. The number of levels
+    query, are cut into leaves. Nodes are intervals of 2^n leaves on a grid from the sink on, the
+    last one shorter; n is the smallest for which there are at most `2 * beam`. Each level scores
+    every node by the largest q . k of a scored row and a key of the leaf that represents it, keeps
+    the best `beam`, and splits those in the middle, down to single leaves. The number of levels
     follows from the lengths alone. The leaves that are left vote for their tiles; the best
     `budget // block_k` are listed, besides the tiles of sink and window. Ties go to the lower
     position.
-    Scored keys per block of queries: 2 * beam * leaf / key_stride * log2(leaves / beam).
+    Scored keys per block of queries: at most 2 * beam * leaf / key_stride in each of
+    1 + log2(leaves / (2 * beam)) levels.
 
-    HiP: Lee et al., arXiv 2406.09827, section 3; the beam is there budget / leaf and the leaves are
-    the tiles.
+    HiP: Lee et al., arXiv 2406.09827, section 3; the beam is there budget / leaf, the leaves are
+    the tiles, and the nodes of the first level are of equal size.
 
     Args:
         q: [B, Hq, Lq, D], the last Lq positions; fp32, bf16 or fp16.

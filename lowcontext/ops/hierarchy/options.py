@@ -99,7 +99,7 @@ class TreeOptions(SearchOptions):
     Args:
         leaf: keys of a leaf; `block_k` is a multiple. With `leaf == block_k` the leaves themselves
             are listed, as published; otherwise they vote for the tiles that hold them.
-        beam: nodes kept at each level, whatever the budget.
+        beam: nodes kept at each level, whatever the budget; a level has at most twice as many.
         row_stride: queries per scored row; every query is scored with 1.
         key_stride: keys of a leaf per scored one.
         representative: keys that stand for a node: the last of each stride in its "center", "first"
@@ -107,7 +107,7 @@ class TreeOptions(SearchOptions):
     """
 
     leaf: int = 64
-    beam: int = 1024
+    beam: int = 512
     row_stride: int = 32
     key_stride: int = 4
     representative: str = "center"

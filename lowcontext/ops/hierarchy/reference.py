@@ -181,9 +181,13 @@ def _leaves(part: _Part, options: TreeOptions) -> tuple[Tensor, Tensor]:
     B, H = part.k.shape[:2]
     per_tile = options.block_k // options.leaf
     n = ((high - low) * per_tile)[:, None]
-    nodes = torch.arange(options.beam, device=n.device)
-    left = (nodes * n // options.beam).expand(B, H, -1, -1)
-    right = ((nodes + 1) * n // options.beam).expand(B, H, -1, -1)
+    widest = (options.candidates(part.row0[-1])[1] - low) * per_tile
+    halvings = max(0, -(-widest // (2 * options.beam)) - 1).bit_length()
+    node = torch.ones_like(n)  # leaves of a whole node
+    for _ in range(halvings):
+        node = torch.where(n > 2 * options.beam * node, 2 * node, node)
+    left = torch.arange(2 * options.beam, device=n.device) * node
+    left, right = (x.clamp(max=n).expand(B, H, -1, -1) for x in (left, left + node))
     offsets = torch.arange(
         options.key_stride - 1, options.leaf, options.key_stride, device=n.device
     )
@@ -201,15 +205,14 @@ def _leaves(part: _Part, options: TreeOptions) -> tuple[Tensor, Tensor]:
         best = part.scores(keys.flatten(3)).unflatten(3, (-1, len(offsets))).amax(dim=-1)
         return best.masked_fill(left >= right, -torch.inf)
 
-    last_row0 = part.row0[-1]
-    widest = -(-(options.candidates(last_row0)[1] - low) * per_tile // options.beam)
-    levels = max(0, widest - 1).bit_length()
-    scores = score(left, right) if levels == 0 else left.float()
-    for _ in range(levels):
-        middle = left + (right - left + 1) // 2
-        left = torch.stack([left, middle], dim=-1).flatten(3)
-        right = torch.stack([middle, right], dim=-1).flatten(3)
-        scores = score(left, right)
+    scores = score(left, right)
+    for level in range(halvings + 1):
+        if level:
+            node = (node + 1) // 2
+            middle = torch.minimum(left + node, right)
+            left = torch.stack([left, middle], dim=-1).flatten(3)
+            right = torch.stack([middle, right], dim=-1).flatten(3)
+            scores = score(left, right)
         best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : options.beam]
         best = best.sort(dim=-1).values
         left, right, scores = (x.gather(3, best) for x in (left, right, scores))

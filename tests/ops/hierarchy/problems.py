@@ -88,8 +88,10 @@ def tree_tiles(score: Callable[[int], float], low: int, high: int, o: TreeOption
     """Beam search over [low, high) tiles, `score` of a key; the tiles it lists."""
     per_tile = o.block_k // o.leaf
     n = (high - low) * per_tile
-    nodes = [(i * n // o.beam, (i + 1) * n // o.beam) for i in range(o.beam)]
-    nodes = [node for node in nodes if node[0] < node[1]]
+    size = 1
+    while math.ceil(n / size) > 2 * o.beam:
+        size *= 2
+    nodes = [(left, min(left + size, n)) for left in range(0, n, size)]
 
     def value(node: tuple[int, int]) -> float:
         count = o.leaf // o.key_stride
@@ -101,12 +103,13 @@ def tree_tiles(score: Callable[[int], float], low: int, high: int, o: TreeOption
             keys = [first + u for u in range(o.key_stride - 1, o.leaf, o.key_stride)]
         return max(score(low * o.block_k + key) for key in keys)
 
-    while any(right - left > 1 for left, right in nodes):
-        halves = []
-        for left, right in nodes:
-            middle = left + math.ceil((right - left) / 2)
-            halves += [half for half in ((left, middle), (middle, right)) if half[0] < half[1]]
-        nodes = [halves[i] for i in best({i: value(x) for i, x in enumerate(halves)}, o.beam)]
+    while True:
+        nodes = [nodes[i] for i in best({i: value(x) for i, x in enumerate(nodes)}, o.beam)]
+        if size == 1:
+            break
+        size //= 2
+        pieces = [(range(*node)[:size], range(*node)[size:]) for node in nodes]
+        nodes = [(half[0], half[-1] + 1) for piece in pieces for half in piece if half]
     votes: dict[int, float] = {}
     for node in nodes:
         tile = low + node[0] // per_tile

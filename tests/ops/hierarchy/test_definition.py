@@ -48,6 +48,7 @@ def test_tree_options_mean_what_they_say(backend: str, change: dict) -> None:
     o = replace(TREE, **change)
     for Lq, Lk in ((64, 640), (2, 640)):
         q, k = qk(Lq, Lk)
+        q = 14 * q  # means of 7 and of 2 are whole numbers, too
         assert listed(hip_tree(q, k, o, backend=backend)) == expected_lists(q, k, o)
 
 
@@ -71,6 +72,9 @@ def test_the_stages_list_what_select_rep_finds(backend: str, share: str, Lq: int
         {"stages": (Stage(1, row_stride=1),), "budget": 16},
         {"stages": (Stage(128, 128), Stage(16))},
         {"stages": (Stage(48, 144), Stage(8))},
+        {"stages": (Stage(48, 144), Stage(2))},
+        {"stages": (Stage(24, 96), Stage(1))},
+        {"stages": (Stage(64, 256), Stage(2)), "share": "layer", "chunk_score": "last"},
         {"stages": (Stage(64, 256), Stage(2)), "block_k": 2, "budget": 20},
         {"rows": "last"},
         {"block_q": 1},
