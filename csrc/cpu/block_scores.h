@@ -185,8 +185,11 @@ void score_span(const CellScores& c, int64_t b, int64_t h, int64_t span, float* 
     const bool exists = begin + c.stride > c.offset() && begin < c.kv_len;
     scratch.sum[lane] = exists ? 1.0f / scratch.sum[lane] : 0.0f;
   }
-  const int64_t heads = c.kv_heads * c.group;
-  const int64_t key_blocks = c.key_blocks();
+  const int64_t heads = c.kv_heads * c.group, key_blocks = c.key_blocks();
+  const auto row_of = [&](int64_t n, int64_t g) {
+    const int64_t row = (b * heads + h * c.group + g) * c.query_blocks() + n - c.first_block();
+    return c.scores + row * key_blocks;
+  };
   for (int64_t m = 0; m < stop_block; ++m) {
     float* weights = scratch.weights + m * width;
     const float* top = scratch.tops + m / c.step_blocks() * width;
@@ -200,16 +203,14 @@ void score_span(const CellScores& c, int64_t b, int64_t h, int64_t span, float* 
       for (int64_t g = 0; g < c.group; ++g, cell += c.cells()) {
         float total = 0.0f;
         for (int64_t i = 0; i < c.cells(); ++i) total += cell[i];
-        const int64_t row =
-            ((b * heads + h * c.group + g) * c.query_blocks()) + n - c.first_block();
-        c.scores[row * key_blocks + m] = total;
+        row_of(n, g)[m] = total;
       }
     }
   }
   for (int64_t n = first_block; n < stop_block; ++n) {
     for (int64_t g = 0; g < c.group; ++g) {
-      const int64_t row = ((b * heads + h * c.group + g) * c.query_blocks()) + n - c.first_block();
-      for (int64_t m = stop_block; m < key_blocks; ++m) c.scores[row * key_blocks + m] = 0.0f;
+      float* row = row_of(n, g);
+      for (int64_t m = stop_block; m < key_blocks; ++m) row[m] = 0.0f;
     }
   }
 }
