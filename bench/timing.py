@@ -32,8 +32,8 @@ class Times:
 
 
 # A candidate is called again within its turn until the turn has lasted so long, or so often.
-TURN_S = 0.005
-TURN_CALLS = 8
+TURN_S = 0.02
+TURN_CALLS = 40
 
 
 def interleave(
