@@ -93,6 +93,7 @@ class Task {
       const int64_t row = (batch * s_.lists + list) * s_.blocks() + b.number;
       b.count = s_.counts + row;
       b.starts = s_.starts + row * s_.width;
+      b.node = 1;
       b.left.clear();
       b.right.clear();
       b.listed = false;
@@ -164,10 +165,12 @@ class Task {
   // -- scores ---------------------------------------------------------------------------------
 
   // Calls run(block, from, to) for the nodes or chunks [from, to) of each block whose first keys,
-  // which ascend, lie in one stretch of the keys; stretch by stretch.
+  // which ascend, lie in one stretch of the keys; stretch by stretch. One key in `sparsity` is
+  // scored.
   template <typename FirstKey, typename Run>
-  void by_stretch(const FirstKey& first_key, const Run& run) {
-    const int64_t keys = std::max<int64_t>(1, kStretchBytes / (p_.head_dim * key_bytes()));
+  void by_stretch(int64_t sparsity, const FirstKey& first_key, const Run& run) {
+    const int64_t scored = std::max<int64_t>(1, kStretchBytes / (p_.head_dim * key_bytes()));
+    const int64_t keys = scored * sparsity;
     size_t left = 0;
     for (Block& b : w_.blocks) {
       b.scored = 0;
@@ -340,7 +343,7 @@ void Task::tree(const Tree& tree) {
     }
     gather_rows(b, false);
     const int64_t leaves = (b.high - low_) * (s_.block_k / tree.leaf);
-    for (b.node = 1; ceil_div(leaves, b.node) > 2 * tree.beam;) b.node *= 2;
+    while (ceil_div(leaves, b.node) > 2 * tree.beam) b.node *= 2;
     for (int64_t left = 0; left < leaves; left += b.node) {
       b.left.push_back(static_cast<int32_t>(left));
       b.right.push_back(static_cast<int32_t>(std::min(left + b.node, leaves)));
@@ -348,7 +351,9 @@ void Task::tree(const Tree& tree) {
   }
   const auto first_key = [&](int64_t left) { return low_ * s_.block_k + left * tree.leaf; };
   for (bool searching = true; searching;) {
-    by_stretch(first_key,
+    int64_t node = 1;
+    for (const Block& b : w_.blocks) node = std::max(node, b.node);
+    by_stretch(node * tree.key_stride, first_key,
                [&](Block& b, size_t from, size_t to) { score_nodes(tree, b, from, to); });
     searching = false;
     for (Block& b : w_.blocks) {
@@ -473,7 +478,7 @@ void Task::stage(const Stage& stage) {
     }
     gather_rows(b, !every_key);
   }
-  by_stretch([](int64_t chunk) { return chunk; },
+  by_stretch(1, [](int64_t chunk) { return chunk; },
              [&](Block& b, size_t from, size_t to) {
                if (every_key) return score_keys(unit, b, from, to);
                select_representatives(stage, b, from, to);
