@@ -36,16 +36,19 @@ def topic_tokens() -> list[str]:
     return template_words() + key_words() + numbers + [f"##{n}" for n in numbers]
 
 
-def write_tokenizer(folder: Path, *, max_length: int) -> None:
+def write_tokenizer(
+    folder: Path, vocabulary: dict[str, int], *, max_length: int, join_hyphens: bool = False
+) -> None:
     """Writes ``tokenizer.json`` and ``tokenizer_config.json``.
 
     Args:
         folder: An existing folder.
+        vocabulary: Tokens with their ids.
         max_length: The ``model_max_length`` to record.
+        join_hyphens: Whether hyphens are decoded without the spaces that other punctuation gets.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    vocabulary = build_vocabulary()
     tokenizer = Tokenizer(
         models.WordPiece(vocab=vocabulary, unk_token=UNK, continuing_subword_prefix="##")
     )
@@ -54,6 +57,9 @@ def write_tokenizer(folder: Path, *, max_length: int) -> None:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    if join_hyphens:
+        joined = [tokenizer.decoder, decoders.Fuse(), decoders.Replace(" - ", "-")]
+        tokenizer.decoder = decoders.Sequence(joined)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, vocabulary[BOS])]
     )
