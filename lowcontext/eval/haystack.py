@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from functools import cache
 from itertools import cycle, islice
 from pathlib import Path
 
 from lowcontext.eval.words import NOISE, filler_words
 
-HAYSTACKS = ("words", "noise")
+HAYSTACKS = ("words", "noise", "wonderwords")
 _SENTENCE_END = (".", "!", "?")
 
 
@@ -17,8 +18,9 @@ def haystack_words(haystack: str, count: int, rng: random.Random) -> list[str]:
     """Returns the first ``count`` words of a haystack.
 
     Args:
-        haystack: ``"words"`` (made-up words in random order), ``"noise"`` (five sentences repeated)
-            or the path of a UTF-8 text file (read from a random word on, repeated if too short).
+        haystack: ``"words"`` (made-up words in random order), ``"noise"`` (five sentences
+            repeated), ``"wonderwords"`` (English words of that package in random order) or the path
+            of a UTF-8 text file (read from a random word on, repeated if too short).
         count: Number of words.
         rng: Source of the random choices.
 
@@ -27,6 +29,7 @@ def haystack_words(haystack: str, count: int, rng: random.Random) -> list[str]:
 
     Raises:
         ValueError: If ``haystack`` is neither a known name nor a text file with words in it.
+        RuntimeError: If it is ``"wonderwords"`` and that package is not installed.
     """
     return list(islice(_source(haystack, rng), count))
 
@@ -56,9 +59,24 @@ def _source(haystack: str, rng: random.Random) -> Iterator[str]:
         return iter(lambda: rng.choice(vocabulary), None)
     if haystack == "noise":
         return cycle([word for sentence in NOISE for word in sentence.split()])
+    if haystack == "wonderwords":
+        english = _english_words()
+        return iter(lambda: rng.choice(english), None)
     words = _file_words(haystack)
     start = rng.randrange(len(words))
     return cycle(words[start:] + words[:start])
+
+
+@cache
+def _english_words() -> tuple[str, ...]:
+    try:
+        from wonderwords import RandomWord
+    except ImportError as error:
+        raise RuntimeError(
+            "haystack: expected the package wonderwords to be installed; pip install wonderwords"
+        ) from error
+    words = (word for phrase in RandomWord().filter() for word in phrase.split())
+    return tuple(sorted(set(words)))
 
 
 def _file_words(haystack: str) -> list[str]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import random
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowcontext.eval import NeedleSample, NeedleTask, make_sample
-from lowcontext.eval.haystack import insertion_point
+from lowcontext.eval.haystack import _english_words, haystack_words, insertion_point
 from lowcontext.eval.words import NOISE, filler_words, key_words, plain_words, template_words
 
 ROOM = 16
@@ -139,7 +141,9 @@ def test_unknown_tasks_and_haystacks_are_refused(tokenizer: Any, tmp_path: Path)
         match="task: expected one of single, multikey, several:COUNT, thread:COUNT, got 'qa'",
     ):
         NeedleTask("qa")
-    with pytest.raises(ValueError, match="haystack: expected one of words, noise or a text file"):
+    with pytest.raises(
+        ValueError, match="haystack: expected one of words, noise, wonderwords or a text"
+    ):
         make_sample(tokenizer, NeedleTask(haystack="hay.txt"), length=512, depth=0, seed=0)
     empty = tmp_path / "empty.txt"
     empty.write_text(" \n")
@@ -210,3 +214,22 @@ def test_single_and_multikey_samples_stay_as_they_were(tokenizer: Any) -> None:
         for task in ("single", "multikey")
     ]
     assert [(s.key, s.expected) for s in samples] == KNOWN
+
+
+def test_wonderwords_are_english_words_in_an_order_of_the_seed(tokenizer: Any) -> None:
+    pytest.importorskip("wonderwords", reason="an optional package, for this haystack only")
+    first, second = (haystack_words("wonderwords", 50, random.Random(seed)) for seed in (0, 1))
+    assert first == haystack_words("wonderwords", 50, random.Random(0)) != second
+    task = NeedleTask(haystack="wonderwords")
+    sample = make_sample(tokenizer, task, length=1024, depth=50, seed=0)
+    assert sample.expected in sample.prompt
+    assert 1024 - 16 - 10 <= len(sample.input_ids) <= 1024 - 16
+
+
+def test_wonderwords_without_the_package_say_what_to_install(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "wonderwords", None)
+    _english_words.cache_clear()
+    with pytest.raises(RuntimeError, match="pip install wonderwords"):
+        make_sample(tokenizer, NeedleTask(haystack="wonderwords"), length=512, depth=0, seed=0)
