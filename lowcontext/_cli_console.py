@@ -25,6 +25,7 @@ MethodOpt = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
 ]
+HaystackOpt = Annotated[str, typer.Option(help="words, noise, wonderwords or a text file.")]
 DtypeOpt = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
 ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]

@@ -15,6 +15,7 @@ from lowcontext._cli_console import (
     ChunkOpt,
     DeviceOpt,
     DtypeOpt,
+    HaystackOpt,
     MethodOpt,
     MethodsOpt,
     ModelArg,
@@ -24,6 +25,7 @@ from lowcontext._cli_console import (
 )
 from lowcontext._cli_eval import report, ruler
 from lowcontext._cli_lm_eval import lm_eval
+from lowcontext._cli_measures import fidelity, perplexity
 
 app = typer.Typer(
     help="Long-context sparse attention for Hugging Face models.",
@@ -34,6 +36,8 @@ app = typer.Typer(
 )
 app.command()(ruler)
 app.command()(report)
+app.command()(perplexity)
+app.command()(fidelity)
 app.command(
     "lm-eval",
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
@@ -91,18 +95,25 @@ def methods() -> None:
 def checkpoint(
     folder: Annotated[Path, typer.Argument(help="Where to write it.")],
     seed: Annotated[int, typer.Option(help="Seed of its random codes.")] = 0,
+    kind: Annotated[str, typer.Option(help="needle; or ruler: several values, chains, counts.")] = (
+        "needle"
+    ),
 ) -> None:
     """Writes the retrieval checkpoint: a small LLaMA that finds needles at any length to 128K.
 
     It is built, not trained: a yardstick for machines without real weights. See
     docs/retrieval-checkpoint.md for what it does not show.
 
-    Example: `lowcontext checkpoint demo/retrieval`
+    Examples:
+
+    `lowcontext checkpoint demo/retrieval`
+
+    `lowcontext checkpoint demo/tasks --kind ruler`
     """
     from lowcontext.eval import write_retrieval_checkpoint
 
     with errors():
-        console.print(f"wrote {write_retrieval_checkpoint(folder, seed=seed)}")
+        console.print(f"wrote {write_retrieval_checkpoint(folder, seed=seed, kind=kind)}")
 
 
 @app.command()
@@ -157,7 +168,7 @@ def needle(
     depths: Annotated[int, typer.Option(help="Depths from 0 to 100%.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.", min=1)] = 1,
     task: Annotated[str, typer.Option(help="single, multikey, several:N or thread:N.")] = "single",
-    haystack: Annotated[str, typer.Option(help="words, noise or a text file.")] = "words",
+    haystack: HaystackOpt = "words",
     seed: Annotated[int, typer.Option()] = 0,
     answer_room: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 16,
     chunk: ChunkOpt = None,

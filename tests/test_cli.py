@@ -45,6 +45,8 @@ COMMANDS = [
     "needle",
     "ruler",
     "report",
+    "perplexity",
+    "fidelity",
     "calibrate",
     "inspect",
 ]
@@ -165,3 +167,37 @@ def test_ruler_compares_methods_with_dense_and_continues(checkpoint: Path, tmp_p
     result = runner.invoke(app, ["ruler", str(checkpoint), "--tasks", "niah"])
     assert result.exit_code == 1
     assert "tasks: expected one of" in result.output.replace("\n", " ")
+
+
+def test_perplexity_writes_rows_and_continues(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("the sky is clear and the road is long . " * 60)
+    args = ["perplexity", str(checkpoint), "--text", str(text), "--lengths", "200", "--out"]
+    args += [str(tmp_path), "-m", "dense", "-m", "streaming_llm:window=32", "--windows", "2"]
+    for _ in range(2):
+        result = runner.invoke(app, args)
+        assert result.exit_code == 0, result.output
+    rows = [json.loads(x) for x in (tmp_path / "perplexity.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["window"]) for row in rows] == [
+        (method, window) for method in ("dense", "streaming_llm(window=32)") for window in (0, 1)
+    ]
+    assert rows[0]["density"] == 1.0 > rows[2]["density"]
+
+
+def test_fidelity_writes_rows_and_a_picture(checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("the sky is clear and the road is long . " * 60)
+    args = ["fidelity", str(checkpoint), "--prompt", str(text), "--max-length", "256", "--steps"]
+    args += ["2", "--out", str(tmp_path), "-m", "dense", "-m", "streaming_llm:window=32"]
+    result = runner.invoke(app, args)
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in (tmp_path / "fidelity.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 * 2 * 3 * 4  # methods, phases, layers, heads
+    assert (tmp_path / "fidelity.png").exists()
+
+
+def test_a_text_that_is_missing_is_one_red_line(checkpoint: Path, tmp_path: Path) -> None:
+    args = ["perplexity", str(checkpoint), "--text", "nowhere.txt", "--out", str(tmp_path)]
+    result = runner.invoke(app, args)
+    assert result.exit_code == 1
+    assert "text: expected a UTF-8 file, got 'nowhere.txt'" in result.output.replace("\n", "")

@@ -157,14 +157,18 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
     Raises:
         ValueError: If another line is not a row.
     """
-    many = [paths] if isinstance(paths, str | Path) else list(paths)
-    return [row for path in many for row in _parse(Path(path), NeedleRow)[0]]
+    return read_any(paths, NeedleRow)
 
 
 def read_ruler_rows(paths: str | Path | Iterable[str | Path]) -> list[RulerRow]:
     """Reads the rows of one or several JSONL files of the RULER suite, as ``read_rows`` does."""
+    return read_any(paths, RulerRow)
+
+
+def read_any(paths: str | Path | Iterable[str | Path], kind: type[RowT]) -> list[RowT]:
+    """Reads rows of a kind from one or several JSONL files, as ``read_rows`` does."""
     many = [paths] if isinstance(paths, str | Path) else list(paths)
-    return [row for path in many for row in _parse(Path(path), RulerRow)[0]]
+    return [row for path in many for row in _parse(Path(path), kind)[0]]
 
 
 class RowFile(Generic[RowT]):
@@ -232,7 +236,7 @@ def _parse(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
     """Returns the finished rows and the length in bytes of what they take."""
     data = path.read_bytes()
     end = data.rfind(b"\n") + 1
-    name = "needle" if kind is NeedleRow else "ruler"
+    name = kind.__name__.removesuffix("Row").lower()
     rows = []
     for number, line in enumerate(data[:end].splitlines(), start=1):
         try:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
+from statistics import fmean, stdev
+
+# 97.5% quantiles of Student's t with 1, 2, ... degrees of freedom.
+_STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 _TRAILING = " \t\r\n.!\"'"
 
@@ -158,3 +162,33 @@ def paired_interval(differences: Sequence[float], *, z: float = 1.959964) -> tup
     spread = (sum(d * d for d in differences) + 2) / total - mean * mean
     half = z * math.sqrt(spread / total)
     return max(-1.0, mean - half), min(1.0, mean + half)
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Computes the 95% interval of a mean by Student's t.
+
+    Args:
+        values: Two or more.
+
+    Returns:
+        Lower and upper end.
+
+    Example:
+        >>> low, high = mean_interval([1.0, 2.0, 3.0])
+        >>> round(low, 2), round(high, 2)
+        (-0.48, 4.48)
+    """
+    freedom, z = len(values) - 1, 1.959964
+    # Beyond the table three terms of the expansion in 1 / freedom are right to 0.001.
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    quantile = (
+        _STUDENT[freedom - 1]
+        if freedom <= len(_STUDENT)
+        else z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
+    )
+    middle, half = fmean(values), quantile * stdev(values) / math.sqrt(len(values))
+    return middle - half, middle + half

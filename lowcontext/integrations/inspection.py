@@ -150,7 +150,7 @@ def plot_head(found: HeadMap, path: str | Path) -> Path:
     from matplotlib.colors import LogNorm
     from matplotlib.patches import Patch
 
-    figure, axes, target = _figure(path, columns=2, width=11.0, height=5.2)
+    figure, (axes,), target = grid_figure(path, 1, 2, (5.5, 5.2))
     floor = 1e-6
     norm = LogNorm(vmin=floor, vmax=1.0)
     size = (0, found.length, found.length, 0)
@@ -174,7 +174,7 @@ def plot_head(found: HeadMap, path: str | Path) -> Path:
             loc="left",
         )
         axis.set_xlabel("key", fontsize=8, color=FAINT)
-        _plain(axis)
+        plain_axis(axis)
     axes[0].set_ylabel("query", fontsize=8, color=FAINT)
     bar = figure.colorbar(image, ax=list(axes), fraction=0.025, pad=0.02)
     bar.set_label(f"weight per query in {found.cell} keys", fontsize=8, color=FAINT)
@@ -212,12 +212,8 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
     counts = Counter(str(p) for p in patterns)
     names = list(counts)
     heads = max(len(layer) for layer in layers)
-    figure, (axis,), target = _figure(
-        path,
-        columns=1,
-        width=max(5.0, 0.22 * heads + 3.6),
-        height=max(2.4, 0.2 * len(layers) + 1.4),
-    )
+    size = max(5.0, 0.22 * heads + 3.6), max(2.4, 0.2 * len(layers) + 1.4)
+    figure, ((axis,),), target = grid_figure(path, 1, 1, size)
     colours = [colormaps["turbo"]((i + 0.5) / len(names)) for i in range(len(names))]
     table = [[names.index(str(p)) for p in layer] for layer in layers]
     axis.imshow(
@@ -227,7 +223,7 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
         side.set_major_locator(MaxNLocator(integer=True))
     axis.set_xlabel("query head", fontsize=8, color=FAINT)
     axis.set_ylabel("layer", fontsize=8, color=FAINT)
-    _plain(axis)
+    plain_axis(axis)
     axis.legend(
         handles=[
             Patch(color=colour, label=f"{name}: {counts[name]}")
@@ -242,18 +238,26 @@ def plot_patterns(layers: Sequence[Layer], path: str | Path) -> Path:
     return target
 
 
-def _figure(path: str | Path, columns: int, width: float, height: float) -> tuple[Any, Any, Path]:
+def grid_figure(
+    path: str | Path,
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+) -> tuple[Any, Any, Path]:
+    """A figure of so many panels of a size in inches, its axes, and the path with its folder."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white", layout="constrained")
+    whole = (size[0] * columns, size[1] * rows)
+    figure = Figure(figsize=whole, dpi=150, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, squeeze=False)[0], target
+    return figure, figure.subplots(rows, columns, squeeze=False), target
 
 
-def _plain(axis: Any) -> None:
+def plain_axis(axis: Any) -> None:
+    """Takes ticks and frame off an axis."""
     axis.tick_params(labelsize=7, colors=INK, length=0)
     for spine in axis.spines.values():
         spine.set_visible(False)

@@ -1,0 +1,328 @@
+"""Perplexity of a model on a local text, window by window and by position in the window."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from lowcontext.eval.generation import Stats, check_counts, check_model
+from lowcontext.eval.records import RowFile, RowKey, read_any, recorded
+from lowcontext.eval.scoring import mean_interval
+
+FIRST_BUCKET = 1024
+BASELINE = "dense"
+
+
+@dataclass(frozen=True)
+class PerplexityRun:
+    """Which windows of a text to score.
+
+    Window w starts at token ``w * stride`` and has ``length`` tokens. The first window scores every
+    token but its first, a later one its last ``stride`` tokens: so every token of the text is
+    scored once, with the context that the window holds.
+
+    Attributes:
+        text: A UTF-8 file.
+        length: Tokens of a window.
+        stride: Tokens from one window to the next; None for windows that do not overlap.
+        windows: Most windows to score; None for all that fit.
+        decode: The last so many tokens of a window are fed one by one, as generation would, and
+            only they are scored; 0 scores the window as a prompt.
+    """
+
+    text: str
+    length: int = 4096
+    stride: int | None = None
+    windows: int | None = None
+    decode: int = 0
+
+    def __post_init__(self) -> None:
+        check_counts((self.length,), 1 if self.windows is None else self.windows, None)
+        if not 1 <= self.step <= self.length:
+            raise ValueError(f"stride: expected 1..{self.length} (the length), got {self.stride}")
+        if not 0 <= self.decode < self.length:
+            raise ValueError(f"decode: expected 0..{self.length - 1}, got {self.decode}")
+
+    @property
+    def step(self) -> int:
+        """Tokens from one window to the next."""
+        return self.length if self.stride is None else self.stride
+
+
+@dataclass(frozen=True)
+class PerplexityRow:
+    """One window under one method.
+
+    Attributes:
+        model: Name or folder that the model was loaded from.
+        method: The caller's label for the model as it ran.
+        text: The file.
+        digest: First digits of the SHA-256 of its text.
+        length: Tokens of the window.
+        stride: Tokens from one window to the next.
+        decode: Tokens that were fed one by one.
+        window: Number of the window.
+        tokens: Tokens scored.
+        nll: Their mean negative log-likelihood, in nats.
+        buckets: Position in the window at which a bucket starts -> [tokens, sum of nats].
+        seconds: Time of the forward passes.
+        density: Share of the causal pairs that was computed, if the caller told.
+        stats: Whatever else the caller's ``stats`` returned.
+    """
+
+    model: str
+    method: str
+    text: str
+    digest: str
+    length: int
+    stride: int
+    decode: int
+    window: int
+    tokens: int
+    nll: float
+    buckets: dict[str, list[float]]
+    seconds: float
+    density: float | None
+    stats: dict[str, float]
+
+    @property
+    def key(self) -> RowKey:
+        """What names the row: two rows with one key are one measurement made twice."""
+        settings = (self.length, self.stride, self.decode, self.window)
+        return (self.model, self.method, self.text, self.digest, *settings)
+
+
+@dataclass(frozen=True)
+class PerplexitySummary:
+    """One line of the table.
+
+    Attributes:
+        method: Label of the rows.
+        length: Tokens of a window.
+        windows: Their number.
+        tokens: Tokens scored.
+        perplexity: exp of the mean negative log-likelihood of all tokens.
+        difference: Mean over windows of the nats per token, less those of dense on the same ones.
+        difference_low: Lower end of its 95% interval; None with one window.
+        difference_high: Upper end.
+        density: Mean density.
+        buckets: Position at which a bucket starts -> perplexity there.
+    """
+
+    method: str
+    length: int
+    windows: int
+    tokens: int
+    perplexity: float
+    difference: float | None
+    difference_low: float | None
+    difference_high: float | None
+    density: float | None
+    buckets: dict[int, float]
+
+
+def run_perplexity(
+    model: Any,
+    tokenizer: Any,
+    run: PerplexityRun,
+    *,
+    method: str = BASELINE,
+    out: str | Path | None = None,
+    stats: Stats | None = None,
+) -> Iterator[PerplexityRow]:
+    """Scores the windows of a text.
+
+    Args:
+        model: A Hugging Face causal LM, patched or not.
+        tokenizer: Its tokenizer.
+        run: The windows.
+        method: Label of the rows.
+        out: JSONL file to append to. Rows already in it are not run again.
+        stats: Called after every window; its ``"density"`` and anything else it returns is kept.
+
+    Returns:
+        An iterator of all rows, the ones found in ``out`` included. Nothing runs until it is read.
+
+    Raises:
+        ValueError: If the text is missing or too short, if the length exceeds the model's
+            positions, or if ``out`` cannot be written.
+    """
+    check_model(model, tokenizer, run.length)
+    scorer = _Scorer(model, tokenizer, run, method, stats)
+    book = RowFile(out, PerplexityRow) if out is not None else None
+    return recorded(range(scorer.count), scorer.key, scorer.score, book)
+
+
+def window_count(tokenizer: Any, run: PerplexityRun) -> int:
+    """Returns how many windows a run has.
+
+    Raises:
+        ValueError: If the text is missing or shorter than a window.
+    """
+    return _windows(len(_tokens(tokenizer, run)[0]), run)
+
+
+def read_perplexity_rows(paths: str | Path | Iterable[str | Path]) -> list[PerplexityRow]:
+    """Reads the rows of one or several JSONL files, as ``read_rows`` does."""
+    return read_any(paths, PerplexityRow)
+
+
+def summarize_perplexity(rows: Iterable[PerplexityRow]) -> list[PerplexitySummary]:
+    """Groups rows into the lines of a table, by length and then by method.
+
+    Args:
+        rows: Rows of any number of methods; dense is the method labelled ``"dense"``.
+    """
+    groups: dict[tuple[int, str], list[PerplexityRow]] = {}
+    for row in rows:
+        groups.setdefault((row.length, row.method), []).append(row)
+    order = sorted(groups, key=lambda key: key[0])
+    baseline = {
+        (row.length, *row.key[2:]): row.nll
+        for (_, method), part in groups.items()
+        if method == BASELINE
+        for row in part
+    }
+    return [_line(groups[key], baseline) for key in order]
+
+
+def _line(rows: list[PerplexityRow], baseline: dict[tuple[Any, ...], float]) -> PerplexitySummary:
+    tokens = sum(row.tokens for row in rows)
+    keys = [(row.length, *row.key[2:]) for row in rows]
+    gaps = [row.nll - baseline[key] for row, key in zip(rows, keys, strict=True) if key in baseline]
+    if rows[0].method == BASELINE:
+        gaps = []
+    low, high = mean_interval(gaps) if len(gaps) > 1 else (None, None)
+    sums: dict[int, list[float]] = {}
+    for row in rows:
+        for start, (count, nats) in row.buckets.items():
+            total = sums.setdefault(int(start), [0.0, 0.0])
+            total[0] += count
+            total[1] += nats
+    densities = [row.density for row in rows if row.density is not None]
+    return PerplexitySummary(
+        method=rows[0].method,
+        length=rows[0].length,
+        windows=len(rows),
+        tokens=tokens,
+        perplexity=_exp(sum(row.nll * row.tokens for row in rows) / tokens),
+        difference=fmean(gaps) if gaps else None,
+        difference_low=low,
+        difference_high=high,
+        density=fmean(densities) if densities else None,
+        buckets={start: _exp(sums[start][1] / sums[start][0]) for start in sorted(sums)},
+    )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
+def _tokens(tokenizer: Any, run: PerplexityRun) -> tuple[list[int], str]:
+    try:
+        text = Path(run.text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"text: expected a UTF-8 file, got {run.text!r} ({error})") from error
+    ids = list(tokenizer(text)["input_ids"])
+    if len(ids) < run.length:
+        raise ValueError(
+            f"text: expected at least {run.length} tokens (a window), got {len(ids)} in "
+            f"{run.text!r}; ask for a shorter length or give a longer text"
+        )
+    return ids, hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _windows(tokens: int, run: PerplexityRun) -> int:
+    fit = (tokens - run.length) // run.step + 1
+    return fit if run.windows is None else min(fit, run.windows)
+
+
+class _Scorer:
+    """One model on one text."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, run: PerplexityRun, method: str, stats: Stats | None
+    ) -> None:
+        self.model, self.run, self.method, self.stats = model, run, method, stats
+        self.name = str(getattr(model, "name_or_path", ""))
+        self.ids, self.digest = _tokens(tokenizer, run)
+        self.count = _windows(len(self.ids), run)
+
+    def key(self, window: int) -> RowKey:
+        run = self.run
+        settings = (run.length, run.step, run.decode, window)
+        return (self.name, self.method, run.text, self.digest, *settings)
+
+    def score(self, window: int) -> PerplexityRow:
+        run = self.run
+        start = window * run.step
+        ids = torch.tensor([self.ids[start : start + run.length]], device=self.model.device)
+        begin = time.perf_counter()
+        with torch.no_grad():
+            nats = self._decoded(ids) if run.decode else self._prompted(ids, window)
+        values = nats.tolist()  # waits for the device
+        seconds = time.perf_counter() - begin
+        buckets: dict[str, list[float]] = {}
+        for position, value in enumerate(values, start=run.length - len(values)):
+            bucket = buckets.setdefault(str(_bucket(position)), [0, 0.0])
+            bucket[0] += 1
+            bucket[1] += value
+        found = dict(self.stats()) if self.stats else {}
+        return PerplexityRow(
+            model=self.name,
+            method=self.method,
+            text=run.text,
+            digest=self.digest,
+            length=run.length,
+            stride=run.step,
+            decode=run.decode,
+            window=window,
+            tokens=len(values),
+            nll=fmean(values),
+            buckets=buckets,
+            seconds=seconds,
+            density=found.pop("density", None),
+            stats=found,
+        )
+
+    def _prompted(self, ids: torch.Tensor, window: int) -> torch.Tensor:
+        """Nats of the window's new tokens, from one pass over all of it."""
+        scored = self.run.length - 1 if window == 0 else min(self.run.step, self.run.length - 1)
+        logits = self.model(ids, use_cache=False, logits_to_keep=scored + 1).logits
+        return _nats(logits[0, :-1], ids[0, -scored:])
+
+    def _decoded(self, ids: torch.Tensor) -> torch.Tensor:
+        """Nats of the last tokens, each fed alone behind the cache of those before it."""
+        split = self.run.length - self.run.decode
+        out = self.model(ids[:, :split], use_cache=True, logits_to_keep=1)
+        parts = []
+        for place in range(split, self.run.length):
+            parts.append(_nats(out.logits[0, -1:], ids[0, place : place + 1]))
+            if place + 1 < self.run.length:
+                step = ids[:, place : place + 1]
+                out = self.model(step, past_key_values=out.past_key_values, use_cache=True)
+        return torch.cat(parts)
+
+
+def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods, float32, a few rows at a time: logits of one row may be 1 MB."""
+    rows = 512
+    return torch.cat(
+        [
+            torch.nn.functional.cross_entropy(part.float(), goal, reduction="none")
+            for part, goal in zip(logits.split(rows), targets.split(rows), strict=True)
+        ]
+    )
+
+
+def _bucket(position: int) -> int:
+    """Returns the start of the bucket: 0, 1024, 2048, 4096, ... by doubling."""
+    return 0 if position < FIRST_BUCKET else 1 << (position.bit_length() - 1)

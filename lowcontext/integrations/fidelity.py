@@ -1,0 +1,240 @@
+"""What a method keeps of dense attention, per layer and head, on the inputs of a dense model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowcontext.index import BlockIndex
+from lowcontext.integrations._probe import probe
+from lowcontext.integrations.inspection import FAINT, INK, grid_figure, plain_axis
+from lowcontext.methods import LayerContext, Method
+from lowcontext.methods.base import Moved
+from lowcontext.ops import attention, sparse_attention
+
+
+@dataclass(frozen=True)
+class HeadFidelity:
+    """One query head under one method.
+
+    Args:
+        method: the method, as text.
+        phase: "prefill" or "decode".
+        layer: index of the layer; head: of the query head.
+        length: tokens of the prompt; queries: how many of them were measured.
+        mass: share of the softmax that lies on the keys read, averaged over queries.
+        least: the least such share of any query.
+        error: norm of (output - dense output) over the norm of the dense output.
+        density: share of the causal pairs that the method reads, over all heads of the layer.
+    """
+
+    method: str
+    phase: str
+    layer: int
+    head: int
+    length: int
+    queries: int
+    mass: float
+    least: float
+    error: float
+    density: float
+
+
+def measure_fidelity(
+    model: nn.Module, ids: Tensor, method: Method, *, steps: int = 0
+) -> list[HeadFidelity]:
+    """Compares a method with dense attention at every full-attention layer and head.
+
+    Every layer gets the queries, keys and values of the dense model, so errors do not add up over
+    layers. The mass of a query is exp(LSE over the keys read - LSE over all keys).
+
+    Args:
+        model: an unpatched transformers model.
+        ids: int [1, N].
+        method: the method.
+        steps: also measure decode, on the last so many tokens, one at a time.
+
+    Returns:
+        A row per phase, layer and head.
+
+    Raises:
+        ValueError: the model is patched, or `steps` is not below the length.
+        NotImplementedError: the method moves keys.
+    """
+    N = ids.shape[1]
+    if not 0 <= steps < N:
+        raise ValueError(f"steps: expected 0 to {N - 1} (the prompt less 1), got {steps}")
+    found: list[HeadFidelity] = []
+    shared: list[dict[str, Any]] = [{} for _ in range(steps + 1)]
+
+    def look(q: Tensor, k: Tensor, v: Tensor, at: LayerContext, window: int) -> None:
+        if window:
+            return
+        whole = _Sums(method, "prefill", at, N)
+        at.shared = shared[-1]
+        whole.add(q, k, v)
+        found.extend(whole.rows())
+        if steps:
+            one = _Sums(method, "decode", at, N)
+            at.memory = {}
+            for step, end in enumerate(range(N - steps + 1, N + 1)):
+                at.shared = shared[step]
+                one.add(q[:, :, end - 1 : end], k[:, :, :end], v[:, :, :end])
+            found.extend(one.rows())
+
+    probe(model, ids, look)
+    return found
+
+
+class _Sums:
+    """Sums over the queries of one layer, per head."""
+
+    def __init__(self, method: Method, phase: str, at: LayerContext, length: int) -> None:
+        self.method, self.phase, self.at, self.length = method, phase, at, length
+        self.masses: list[Tensor] = []
+        self.gap = self.norm = torch.zeros((), dtype=torch.float64)  # grow to [Hq]
+        self.read, self.pairs = 0.0, 0
+
+    def add(self, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Takes queries [1, Hq, Lq, D] that stand at the end of the keys."""
+        offset = k.shape[2] - q.shape[2]
+        scale, softcap = self.at.scale, self.at.softcap
+        for row0, row1, index in self.method.parts(q, k, self.at):
+            if isinstance(index, Moved):
+                raise NotImplementedError(
+                    f"{self.method}: expected a method that reads keys where they are, got one "
+                    "that moves them; turn that off to measure it"
+                )
+            end = offset + row1
+            part = q[:, :, row0:row1], k[:, :, :end], v[:, :, :end]
+            dense, lse = attention(*part, scale=scale, softcap=softcap, return_lse=True)
+            out, own = dense, lse
+            if index is not None:
+                out, own = sparse_attention(
+                    *part, index, scale=scale, softcap=softcap, return_lse=True
+                )
+            self._count(index, row1 - row0, end, (out, dense), (own - lse).exp().clamp(max=1.0)[0])
+
+    def _count(
+        self,
+        index: BlockIndex | None,
+        rows: int,
+        end: int,
+        outputs: tuple[Tensor, Tensor],
+        mass: Tensor,
+    ) -> None:
+        out, dense = (x[0].double().cpu() for x in outputs)
+        self.masses.append(mass)
+        self.gap = self.gap + (out - dense).square().sum((1, 2))
+        self.norm = self.norm + dense.square().sum((1, 2))
+        pairs = rows * (end - rows) + rows * (rows + 1) // 2
+        self.pairs += pairs
+        self.read += pairs * (1.0 if index is None else index.density(rows, end))
+
+    def rows(self) -> list[HeadFidelity]:
+        """The figures of every head."""
+        mass = torch.cat(self.masses, dim=1)  # [Hq, queries]
+        error = (self.gap / self.norm).sqrt()
+        return [
+            HeadFidelity(
+                method=str(self.method),
+                phase=self.phase,
+                layer=self.at.layer_idx,
+                head=head,
+                length=self.length,
+                queries=mass.shape[1],
+                mass=float(mass[head].double().mean()),
+                least=float(mass[head].min()),
+                error=float(error[head]),
+                density=self.read / self.pairs,
+            )
+            for head in range(mass.shape[0])
+        ]
+
+
+def write_rows(found: Sequence[HeadFidelity], path: str | Path) -> Path:
+    """Writes one JSON line per row.
+
+    Args:
+        found: from `measure_fidelity`.
+        path: the file; replaced if it exists.
+
+    Returns:
+        The path.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(asdict(row)) + "\n" for row in found)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def plot_fidelity(found: Sequence[HeadFidelity], path: str | Path) -> Path:
+    """Draws, per method and phase, a map of layers and heads: mass read, and error of the output.
+
+    Args:
+        found: from `measure_fidelity`.
+        path: the image to write; its suffix chooses the format.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: there are no rows.
+    """
+    if not found:
+        raise ValueError("found: expected at least one row, got none")
+    groups: dict[tuple[str, str], list[HeadFidelity]] = {}
+    for row in found:
+        groups.setdefault((row.method, row.phase), []).append(row)
+    layers = sorted({row.layer for row in found})
+    heads = max(row.head for row in found) + 1
+    width, height = max(2.2, 0.22 * heads), max(0.9, 0.2 * len(layers))
+    size = width + 1.5, height + 0.95
+    figure, axes, target = grid_figure(path, len(groups), 2, size)
+    worst = max(row.error for row in found)
+    for line, ((method, phase), rows) in zip(axes, groups.items(), strict=True):
+        for axis, name, ends, colours in zip(
+            line,
+            ("mass", "error"),
+            ((0.0, 1.0), (0.0, worst or 1.0)),
+            ("viridis", "magma_r"),
+            strict=True,
+        ):
+            table = torch.full((len(layers), heads), torch.nan)
+            for row in rows:
+                table[layers.index(row.layer), row.head] = getattr(row, name)
+            image = axis.imshow(
+                table.numpy(), cmap=colours, vmin=ends[0], vmax=ends[1], aspect="auto"
+            )
+            axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
+            axis.set_xticks(range(heads), [str(head) for head in range(heads)])
+            axis.set_xlabel("query head", fontsize=8, color=FAINT)
+            axis.set_ylabel("layer", fontsize=8, color=FAINT)
+            axis.set_title(
+                "softmax mass read" if name == "mass" else "error of the output",
+                fontsize=8.5,
+                color=FAINT,
+                loc="left",
+            )
+            plain_axis(axis)
+            bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.03)
+            bar.ax.tick_params(labelsize=7, colors=INK)
+        line[0].annotate(
+            f"{method}, {phase}",
+            xy=(0, 1),
+            xytext=(0, 18),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            fontsize=9.5,
+            color=INK,
+            weight="bold",
+        )
+    figure.savefig(target)
+    return target
