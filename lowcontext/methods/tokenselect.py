@@ -13,14 +13,17 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._candidates import Tokens, Vote, join_rows
 from lowcontext.methods._reuse import reuse
+from lowcontext.methods._select import grown
 from lowcontext.methods.base import (
     MAX_DECODE_QUERIES,
     LayerContext,
     Method,
     Moved,
     Part,
+    Rotary,
     is_decoding,
 )
+from lowcontext.ops.rotary import rotate_to
 
 TILE = 64
 # Numbers in the scores of one call (64 MiB).
@@ -68,7 +71,8 @@ class TokenSelect(Method):
         select_layers: layers that select in decode, the others take the list of the last of them;
             None lets every layer select. Layers before the first select for themselves.
         positions: "original" reads keys at their positions; "compact" moves sink and selected keys
-            up to the local window, so that no distance exceeds the budget (length extrapolation).
+            up to the local window, so that no distance exceeds the budget (length extrapolation),
+            and lets all candidates vote at distance `local`. It keeps a second copy of the keys.
     """
 
     name: ClassVar[str] = "tokenselect"
@@ -233,19 +237,54 @@ class TokenSelect(Method):
         if self.positions == "original" or Lk <= self._budget:
             yield 0, Lq, self.decode(q, k, layer)
             return
-        tokens, low = self._tokens(q.float(), k, layer)
+        rotary = self._rotary(layer)
+        tokens, low = self._tokens(*self._level(q, k, layer, rotary, 0), layer)
         for r in range(Lq):
             behind = Lq - 1 - r
             start = (low - behind).clamp(min=tokens.sink)
             row = slice(r, r + 1)
-            yield r, r + 1, self._moved(tokens, row, start, Lk - behind, self._longest_tail, layer)
+            yield r, r + 1, self._moved(tokens, row, start, Lk - behind, self._longest_tail, rotary)
 
     def _chunk_part(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | Moved | None:
         if self.positions == "original":
             return self.prefill(q, k, layer)
-        tokens, Lk = self._select_chunk(q, k, layer), k.shape[2]
+        rotary, Lk = self._rotary(layer), k.shape[2]
+        tokens = self._select_chunk(*self._level(q, k, layer, rotary, 1), layer)
         low = torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
-        return self._moved(tokens, slice(0, 1), low, Lk, Lk - tokens.low, layer)
+        return self._moved(tokens, slice(0, 1), low, Lk, Lk - tokens.low, rotary)
+
+    def _rotary(self, layer: LayerContext) -> Rotary:
+        if layer.rotary is None:
+            raise NotImplementedError(
+                'tokenselect: positions: "compact" moves rotated keys and needs a model with '
+                'rotary embeddings of fixed frequencies; use positions="original"'
+            )
+        return layer.rotary
+
+    def _level(
+        self, q: Tensor, k: Tensor, layer: LayerContext, rotary: Rotary, apart: int
+    ) -> tuple[Tensor, Tensor]:
+        """Queries and keys as they vote: all keys at position 0 and the queries `local` behind.
+
+        A candidate's distance is one that the model knows, and the same for all of them.
+
+        Args:
+            q, k: as the model rotated them.
+            layer: keeps the keys at position 0.
+            rotary: how the model rotates.
+            apart: from one query to the next.
+        """
+        Lq, Lk = q.shape[2], k.shape[2]
+        rotate = partial(rotate_to, inv_freq=rotary.inv_freq, interleaved=rotary.interleaved)
+        zero = torch.zeros((), dtype=torch.int64, device=k.device)
+
+        def make(first: int, end: int) -> tuple[Tensor]:
+            positions = torch.arange(first, end, device=k.device)
+            return (rotate(k[:, :, first:end], positions, zero),)
+
+        new = self.local + apart * torch.arange(Lq, device=k.device)
+        queries = rotate(q.float(), torch.arange(Lk - Lq, Lk, device=k.device), new)
+        return queries, grown(layer.memory, "level", Lk, make)[0]
 
     def _index(
         self, tokens: Tokens, low: Tensor, Lk: int, block_size: tuple[int, int], span: int
@@ -282,7 +321,7 @@ class TokenSelect(Method):
         )
 
     def _moved(
-        self, tokens: Tokens, row: slice, low: Tensor, Lk: int, span: int, layer: LayerContext
+        self, tokens: Tokens, row: slice, low: Tensor, Lk: int, span: int, rotary: Rotary
     ) -> Moved:
         """Sink, tokens and recent keys as one list that ends at the last key, without gaps.
 
@@ -291,12 +330,8 @@ class TokenSelect(Method):
             low: int32 [B or 1], first of the recent keys.
             Lk: keys that the part sees.
             span: most recent keys.
+            rotary: how the model rotates.
         """
-        if layer.rotary is None:
-            raise NotImplementedError(
-                'tokenselect: positions: "compact" moves rotated keys and needs a model with '
-                'rotary embeddings of fixed frequencies; use positions="original"'
-            )
         ids, counts = tokens.ids[:, :, row].squeeze(2), tokens.counts[:, 0, row]  # [B, 1]
         B, H, k = ids.shape
         sink, width = tokens.sink, tokens.sink + k + span
@@ -309,4 +344,4 @@ class TokenSelect(Method):
         keys = torch.where((slot < front)[:, None], chosen, recent[:, None])
         keys = torch.where((slot < sink)[:, None], slot.clamp(min=0)[:, None], keys)
         positions = (entry + (Lk - width)).expand(B, 1, width)
-        return Moved(keys, positions, first[:, 0].to(torch.int32), layer.rotary)
+        return Moved(keys, positions, first[:, 0].to(torch.int32), rotary)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_models import build, greedy, left_padded, logits, prompt, tiny
+from tiny_models import FIRST_ID, VOCABULARY, build, greedy, left_padded, logits, prompt, tiny
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import lowcontext
+from lowcontext.eval import NeedleTask, make_sample, write_retrieval_checkpoint
 from lowcontext.integrations._rotary import rotary_source
 from lowcontext.integrations.cache import SparseCacheLayer
 from lowcontext.ops import votes
@@ -32,11 +34,18 @@ def patched(family: str = "llama", **options: Any) -> Any:
     return lowcontext.patch_model(tiny(family), "tokenselect", **{**SMALL, **options})
 
 
+def distinct(length: int, seed: int) -> Tensor:
+    """Different tokens [length]."""
+    gen = torch.Generator().manual_seed(seed)
+    return FIRST_ID + torch.randperm(VOCABULARY - FIRST_ID, generator=gen)[:length]
+
+
 @pytest.mark.parametrize("scoring", ["exact", "int8", "int4", "pages"])
 @pytest.mark.parametrize("positions", ["original", "compact"])
 def test_a_left_padded_batch_gives_what_each_row_gives_alone(scoring: str, positions: str) -> None:
     model = patched(scoring=scoring, positions=positions, page=4, cache_threshold=-0.1)
-    rows = [prompt(90)[0], prompt(61, seed=2)[0], prompt(40, seed=3)[0]]
+    # No token twice: at one distance the votes for both would tie, up to rounding.
+    rows = [distinct(90, 0), distinct(61, 2), distinct(40, 3)]
     ids, mask = left_padded(rows)
     together = greedy(model, ids, new=12, attention_mask=mask)
     for b, row in enumerate(rows):
@@ -192,6 +201,33 @@ def test_compact_positions_run_far_beyond_the_trained_length(times: int) -> None
     ids = prompt(64 * times)
     assert greedy(model, ids, new=6).shape == (1, 6)
     assert logits(model, ids).isfinite().all()
+
+
+def test_compact_positions_find_a_needle_eight_times_beyond_where_dense_attention_does(
+    tmp_path: Path,
+) -> None:
+    """The retrieval checkpoint with faster content frequencies, as if trained for short texts."""
+    write_retrieval_checkpoint(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "model").eval()
+    model.model.rotary_emb.inv_freq[15:] *= 4096
+    budget = {"k": 64, "sink": 16, "local": 64, "chunk": 64}
+    right = {}
+    for length in (256, 2048):
+        sample = make_sample(tokenizer, NeedleTask("multikey"), length=length, depth=25.0, seed=0)
+        ids = torch.tensor([sample.input_ids])
+        for positions in ("dense", "original", "compact"):
+            options = {} if positions == "dense" else {**budget, "positions": positions}
+            name = "dense" if positions == "dense" else "tokenselect"
+            with lowcontext.patched(model, name, **options):
+                out = model.generate(ids, max_new_tokens=16, do_sample=False)
+            text = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+            right[length, positions] = sample.expected in text
+    assert right[256, "dense"]
+    assert right[256, "compact"]
+    assert right[2048, "compact"]
+    assert not right[2048, "dense"]
+    assert not right[2048, "original"]
 
 
 def test_statistics_are_measured_and_cost_nothing_outside() -> None:

@@ -382,7 +382,9 @@ def test_compact_equals_attention_over_the_list_at_adjacent_positions(
     rotated_q = placed(q, torch.arange(Lk - Lq, Lk))
     rotated_k = placed(k, torch.arange(Lk))
     layer = LayerContext(scale=0.25, rotary=rotary)
-    original = make(chunk=40, scope=scope).parts(rotated_q, rotated_k, LayerContext(scale=0.25))
+    # Candidates vote at position 0, decode queries at `local`, those of a chunk one by one behind.
+    level = 20 + (torch.arange(Lq) if Lq > 32 else torch.zeros(Lq))
+    original = make(chunk=40, scope=scope).parts(placed(q, level), k, LayerContext(scale=0.25))
     ((_, _, index),) = original
     mask = index.to_mask(Lq, Lk)
     for a, b, moved in method.parts(rotated_q, rotated_k, layer):
@@ -408,6 +410,27 @@ def test_compact_equals_attention_over_the_list_at_adjacent_positions(
             weights = logits.masked_fill(future, -torch.inf).softmax(-1)
             expected = weights @ v[batch, kv, listed].double()
             torch.testing.assert_close(out[batch, h].double(), expected, atol=2e-5, rtol=1e-4)
+
+
+def test_compact_votes_of_a_long_context_survive_lost_memory_and_do_not_depend_on_distance() -> (
+    None
+):
+    inv_freq = 1e4 ** -(torch.arange(8) / 8)
+    method = make(positions="compact", k=1)
+    k, q = 0.1 * rand(1, 2, 900, 16), rand(1, 4, 1, 16, seed=1)
+    found = []
+    for needle in (30, 400, 850):
+        keys = k.clone()
+        zero = torch.zeros((), dtype=torch.int64)
+        # What the query looks for `local` behind itself.
+        keys[:, :, needle] = rotate_to(q[:, ::2, 0], zero, zero + 20, inv_freq)
+        keys = rotate_to(keys, zero, torch.arange(900), inv_freq)
+        query = rotate_to(q, zero, zero + 899, inv_freq)
+        layer = LayerContext(scale=1.0, rotary=Rotary(inv_freq))
+        for context in (layer, layer, LayerContext(scale=1.0, rotary=Rotary(inv_freq))):
+            ((_, _, moved),) = method.parts(query, keys, context)
+            found.append(bool(moved.key_mask(900)[0, 0, needle]))
+    assert all(found)
 
 
 def test_compact_needs_rotary_facts_and_is_dense_within_the_budget() -> None:
