@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from bench import score_kernels
-from bench.score_kernels import BlockConfig, ScoreConfig, WindowConfig
+from bench.score_kernels import AnyScoreConfig
 from lowcontext import BlockIndex
 from lowcontext.ops.triton.launch import Launch, Problem, Target, plan
 from lowcontext.ops.triton.resources import SHARED_LIMIT, Resources, compile_launch
@@ -81,7 +81,7 @@ class Config:
         return plan(problem, Target(capability, 132))[0]
 
 
-AnyConfig = Config | ScoreConfig | WindowConfig | BlockConfig
+AnyConfig = Config | AnyScoreConfig
 
 REPRESENTATIVE = (
     Config("prefill", "bfloat16", 64, keys="tiles"),

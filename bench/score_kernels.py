@@ -1,4 +1,4 @@
-"""Configurations of the Triton score kernels for `bench.kernels_report`."""
+"""Configurations of the Triton score and select kernels for `bench.kernels_report`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcontext.ops.triton import blocks, scores, window
+from lowcontext.ops.triton import blocks, scores, select, window
 from lowcontext.ops.triton.launch import Launch
 
 _HKV, _GROUP, _N = 8, 4, 65536
@@ -110,6 +110,31 @@ class BlockConfig:
         return [blocks.plan_antidiagonal_scores(q, k, self.stride, self.block, 0.1)[0]]
 
 
+@dataclass(frozen=True)
+class TopkConfig:
+    """`votes.topk` on 32 rows without memory.
+
+    Args:
+        N: entries of a row.
+        limits: whether each row has a limit of its own.
+    """
+
+    N: int
+    limits: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return f"topk N={self.N}" + (" limits" if self.limits else "")
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        limits = _empty(32, dtype=torch.int32) if self.limits else None
+        return select.plan_topk(_empty(32, self.N), 2048, limits)[0]
+
+
+AnyScoreConfig = ScoreConfig | WindowConfig | BlockConfig | TopkConfig
+
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
     ScoreConfig("tokens", "float32", R=32),
@@ -123,10 +148,12 @@ REPRESENTATIVE = (
     BlockConfig("means"),
     BlockConfig("antidiagonal"),
     BlockConfig("antidiagonal", "float32"),
+    TopkConfig(select.ROW),
+    TopkConfig(2**20, limits=True),
 )
 
 
-def everything() -> Iterator[ScoreConfig | WindowConfig | BlockConfig]:
+def everything() -> Iterator[AnyScoreConfig]:
     """Every tile size with every kind of product."""
     for dtype in ("bfloat16", "float16", "float32", "int8"):
         for D in (64, 80, 128, 256):
@@ -148,6 +175,9 @@ def everything() -> Iterator[ScoreConfig | WindowConfig | BlockConfig]:
             yield BlockConfig("means", dtype, D)
             for stride in (1, 8, 16, 128):
                 yield BlockConfig("antidiagonal", dtype, D, stride)
+    for limits in (False, True):
+        for N in (32, 1024, 4096, 8192, select.ROW, 2**20):
+            yield TopkConfig(N, limits)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.ops import votes
 
 
 def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
@@ -23,17 +24,12 @@ def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
         bool [..., N] with at most k True in each row.
     """
     N = scores.shape[-1]
-    most = min(most, N)
-    if most <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    k = k.clamp(max=most).expand(scores.shape[:-1])[..., None]
-    # The k-th largest value splits the row; which of equal entries torch.topk takes is undefined.
-    threshold = scores.topk(most, dim=-1).values.gather(-1, (k - 1).clamp(min=0))
-    above = scores > threshold
-    ties = scores == threshold
-    room = k - above.sum(-1, keepdim=True)
-    keep = above | (ties & (ties.cumsum(-1, dtype=torch.int32) <= room))
-    return keep & (k > 0) & (scores > -torch.inf)
+    keep = torch.zeros(*scores.shape[:-1], N + 1, dtype=torch.bool, device=scores.device)
+    limits = k.clamp(max=most).expand(scores.shape[:-1])
+    ids, counts = votes.topk(scores.float(), max(0, most), limits=limits)
+    listed = torch.arange(ids.shape[-1], device=scores.device) < counts[..., None]
+    keep.scatter_(-1, torch.where(listed, ids, N).long(), True)
+    return keep[..., :N]
 
 
 def mass_mask(weights: Tensor, share: float, forced: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 KERNELS = {
     *("prefill", "decode", "combine", "token_scores", "lse", "soft_vote", "quantize"),
     *("window_lse", "window_sums", "slash", "block_means", "antidiagonal"),
+    *("topk_row", "digits", "topk_counts", "topk_ids"),
 }
 ROOT = Path(__file__).parents[2]
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of the scores and votes: lowcontext/ops/triton/scores.py."""
+"""The Triton kernels of the votes: scores.py and select.py in lowcontext/ops/triton."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_D = 256
 def supports(op: str, like: Tensor) -> str | None:
     """None if the kernels take tensors like this one, else the reason they do not."""
     if op == "topk":
-        return "it does not have this op"
+        return unfit_device(like)
     if like.dtype not in _DTYPES:
         return f"its kernels take fp32, bf16, fp16 and int8, the tensor is {like.dtype}"
     if op != "soft_vote":
@@ -54,6 +54,16 @@ def _soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
     return votes
 
 
+def _topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+    from lowcontext.ops.triton.select import plan_topk
+
+    scores = scores if scores.stride(1) == 1 else scores.contiguous()
+    limits = limits if limits is None else limits.contiguous()
+    launches, ids, counts = plan_topk(scores, k, limits)
+    execute(launches, scores.device)
+    return ids, counts
+
+
 def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     from lowcontext.ops.triton import scores
 
@@ -75,5 +85,6 @@ def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 # See the functions of the same names in `lowcontext.ops.votes`.
 token_scores = operator("token_scores", _token_scores, _fakes.token_scores)
 soft_vote = operator("soft_vote", _soft_vote, _fakes.soft_vote)
+topk = operator("topk", _topk, _fakes.topk)
 page_scores = operator("page_scores", _page_scores, _fakes.page_scores)
 quantize_keys = operator("quantize_keys", _quantize_keys, _fakes.quantize_keys)
