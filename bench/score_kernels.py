@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcontext.ops.triton import blocks, scores, select, window
+from lowcontext.ops.triton import blocks, lines, scores, select, window
 from lowcontext.ops.triton.launch import Launch
 
 _HKV, _GROUP, _N = 8, 4, 65536
@@ -133,7 +133,29 @@ class TopkConfig:
         return select.plan_topk(_empty(32, self.N), 2048, limits)[0]
 
 
-AnyScoreConfig = ScoreConfig | WindowConfig | BlockConfig | TopkConfig
+@dataclass(frozen=True)
+class LinesConfig:
+    """`vertical_slash.line_index` on masks without memory: 32 heads, 8192 queries, 64K keys.
+
+    Args:
+        dense_from: whether blocks from some position on list everything.
+    """
+
+    dense_from: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return "lines dense_from" if self.dense_from else "lines"
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        mask = _empty(1, 32, _N, dtype=torch.bool)
+        start = _empty(1, 32, dtype=torch.int32) if self.dense_from else None
+        return lines.plan_line_index(mask, mask, 8192, 64, 1000, 1000, start)[0]
+
+
+AnyScoreConfig = ScoreConfig | WindowConfig | BlockConfig | TopkConfig | LinesConfig
 
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
@@ -150,6 +172,7 @@ REPRESENTATIVE = (
     BlockConfig("antidiagonal", "float32"),
     TopkConfig(select.ROW),
     TopkConfig(2**20, limits=True),
+    LinesConfig(dense_from=True),
 )
 
 
@@ -178,6 +201,7 @@ def everything() -> Iterator[AnyScoreConfig]:
     for limits in (False, True):
         for N in (32, 1024, 4096, 8192, select.ROW, 2**20):
             yield TopkConfig(N, limits)
+        yield LinesConfig(dense_from=limits)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

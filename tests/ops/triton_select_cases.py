@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from lowcontext.index import BlockIndex
 from lowcontext.ops import votes
 from lowcontext.ops.triton import select
+from lowcontext.ops.vertical_slash import line_index
+from lowcontext.ops.vertical_slash import triton as line_kernels
 from lowcontext.ops.votes import triton as vote_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -88,3 +91,82 @@ def test_topk_traces_into_one_graph_with_its_fake() -> None:
     op = torch.ops.lowcontext_triton.topk.default
     for args in ((x, 9, limits), (x, 200, None), (x, 0, None)):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def masks(N: int, vertical: float, slash: float) -> tuple[Tensor, Tensor]:
+    """bool [2, 3, N] with these shares of True; heads vary faster than keys."""
+    gen = torch.Generator().manual_seed(N)
+    drawn = (torch.rand(2, N, 3, generator=gen) < share for share in (vertical, slash))
+    keys, distances = (x.to(DEVICE).transpose(1, 2) for x in drawn)
+    return keys, distances
+
+
+def assert_same(ours: BlockIndex, plain: BlockIndex) -> None:
+    """Equal counts, and equal entries before them."""
+    pairs = [
+        (ours.kv_num_blocks, plain.kv_num_blocks, ours.kv_starts, plain.kv_starts),
+        (ours.kv_num_columns, plain.kv_num_columns, ours.kv_columns, plain.kv_columns),
+    ]
+    for counts, expected, entries, plain_entries in pairs:
+        if counts is None:
+            assert expected is None
+            continue
+        assert torch.equal(counts, expected)
+        listed = torch.arange(entries.shape[-1], device=DEVICE) < counts[..., None]
+        assert torch.equal(entries[listed], plain_entries[listed])
+
+
+@pytest.mark.parametrize(
+    ("Lq", "Lk", "block", "shares", "widths"),
+    [
+        (1, 1, 64, (1.0, 1.0), (0, 0)),
+        (200, 200, 64, (0.1, 0.05), (0, 0)),
+        (77, 333, 16, (0.2, 0.02), (5, 3)),
+        (130, 1500, 32, (0.6, 0.002), (1000, 0)),
+        (50, 300, 64, (0.0, 0.0), (0, 0)),
+        (65, 2100, 7, (0.05, 0.3), (0, 9)),
+    ],
+)
+@pytest.mark.parametrize("dense", [False, True])
+def test_the_index_of_lines_equals_the_reference(
+    Lq: int,
+    Lk: int,
+    block: int,
+    shares: tuple[float, float],
+    widths: tuple[int, int],
+    dense: bool,
+) -> None:
+    chosen = masks(Lk + 9, *shares)
+    gen = torch.Generator().manual_seed(Lk)
+    start = torch.randint(0, Lk + 1, (3, 2), generator=gen, dtype=torch.int32).t().to(DEVICE)
+    ours, plain = (
+        line_index(
+            *chosen,
+            Lq,
+            Lk,
+            block=block,
+            most_vertical=widths[0],
+            most_slash=widths[1],
+            dense_from=start if dense else None,
+            backend=backend,
+        )
+        for backend in ("triton", "reference")
+    )
+    assert_same(ours, plain)
+
+
+def test_the_index_of_lines_traces_into_one_graph_with_its_fake() -> None:
+    vertical, slash = masks(100, 0.2, 0.1)
+    start = torch.full((2, 3), 90, dtype=torch.int32, device=DEVICE)
+    sizes = {"block": 16, "tiles": 7, "columns": 20}
+
+    def counts(vertical: Tensor, slash: Tensor) -> tuple[Tensor, Tensor]:
+        index = line_kernels.line_index(vertical, slash, 40, start, **sizes)
+        return index[0], index[2]
+
+    compiled = torch.compile(counts, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(vertical, slash), counts(vertical, slash), strict=True):
+        assert torch.equal(a, b)
+    op = torch.ops.lowcontext_triton.line_index.default
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(op, (vertical, slash, 40, start), sizes, test_utils=tests)

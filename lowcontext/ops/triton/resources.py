@@ -27,6 +27,7 @@ _TYPES = {
     torch.float16: "*fp16",
     torch.int32: "*i32",
     torch.int8: "*i8",
+    torch.uint8: "*u8",
 }
 
 

@@ -165,9 +165,9 @@ def line_index(
         vertical[..., :Lk],
         slash[..., :Lk],
         Lq,
+        dense_from,
         block=block,
         tiles=tiles,
         columns=min(most_vertical, Lk) if most_vertical else Lk,
-        dense_from=dense_from,
     )
     return BlockIndex(counts, starts, (block, block), num_columns, columns)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowcontext.index import BlockIndex
 from lowcontext.ops import native
+from lowcontext.ops.vertical_slash import _fakes
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_HEAD_DIM = 256
@@ -38,20 +38,15 @@ def line_index(
     vertical: Tensor,
     slash: Tensor,
     Lq: int,
+    dense_from: Tensor | None,
     *,
     block: int,
     tiles: int,
     columns: int,
-    dense_from: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `lowcontext.ops.vertical_slash.line_index`; returns the four tensors of the index."""
     _load()
     return torch.ops.lowcontext.line_index(vertical, slash, Lq, block, tiles, columns, dense_from)
-
-
-def _fake_scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
-    shape = (q.shape[0], q.shape[1], k.shape[2])
-    return q.new_empty(shape, dtype=torch.float32), q.new_empty(shape, dtype=torch.float32)
 
 
 def _fake_index(
@@ -63,14 +58,7 @@ def _fake_index(
     columns: int,
     dense_from: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    B, H, Lk = vertical.shape
-    _, Nq = BlockIndex.query_blocks(Lq, Lk, block)
-
-    def empty(*shape: int) -> Tensor:
-        return vertical.new_empty(shape, dtype=torch.int32)
-
-    counts = empty(B, H, Nq), empty(B, H, Nq)
-    return counts[0], empty(B, H, Nq, tiles), counts[1], empty(B, H, Nq, columns)
+    return _fakes.line_index(vertical, slash, Lq, dense_from, block, tiles, columns)
 
 
-_load = native.loader({"last_window_scores": _fake_scores, "line_index": _fake_index})
+_load = native.loader({"last_window_scores": _fakes.last_window_scores, "line_index": _fake_index})

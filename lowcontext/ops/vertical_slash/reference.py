@@ -43,11 +43,11 @@ def line_index(
     vertical: Tensor,
     slash: Tensor,
     Lq: int,
+    dense_from: Tensor | None,
     *,
     block: int,
     tiles: int,
     columns: int,
-    dense_from: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `lowcontext.ops.vertical_slash.line_index`; returns the four tensors of the index."""
     B, H, Lk = vertical.shape
