@@ -37,7 +37,7 @@ inline Search make_search(const Tensor& q, const Tensor& k, int64_t block_q, int
 
 inline void set_rows(Search& s, int64_t row_stride, bool mean_rows, int64_t representative) {
   LC_CHECK(row_stride > 0 && row_stride <= kLargest, "row_stride", "a positive int32", row_stride);
-  LC_CHECK(representative >= 0 && representative <= 3, "representative", "0, 1 or 2",
+  LC_CHECK(representative >= 0 && representative <= 3, "representative", "0 to 3",
            representative);
   s.row_stride = row_stride;
   s.mean_rows = mean_rows;

@@ -28,7 +28,7 @@ LC_INLINE void store_scores(const ScoreRun& run, int64_t row, int64_t rows, int6
   constexpr int K = kWidth / R;
   float sums[kWidth];
   store(sums, scores);
-  for (int64_t r = 0; r < rows; ++r) {
+  for (int64_t r = 0; r < R && r < rows; ++r) {
     float* out = run.out + (row + r) * run.out_stride + first;
     if (n >= K) {
       std::memcpy(out, sums + r * K, K * sizeof(float));
