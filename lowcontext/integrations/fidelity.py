@@ -140,7 +140,8 @@ class _Sums:
     def rows(self) -> list[HeadFidelity]:
         """The figures of every head."""
         mass = torch.cat(self.masses, dim=1)  # [Hq, queries]
-        error = (self.gap / self.norm).sqrt()
+        # A head whose values are all zero has no error, and no norm either.
+        error = torch.where(self.gap == 0, 0.0, self.gap / self.norm).sqrt()
         return [
             HeadFidelity(
                 method=str(self.method),

@@ -35,10 +35,11 @@ class TokenSelect(Method):
     """Reads sink, local window and the k tokens that the heads of the layer vote for.
 
     Each head gives each token between sink and window its softmax probability there; a token's vote
-    is the sum over the heads (section 5.1). Nothing is evicted. In decode every query selects, or
-    reuses the last selection while its direction has hardly changed; in prefill each chunk of
-    queries selects once, with the mean of its queries. That mean sees the queries of the whole
-    chunk, so the chunk size changes what is selected; what is attended stays causal.
+    is the sum over the heads (section 5.1). Nothing is evicted. In decode every query selects, or,
+    if asked to, reuses the last selection while its direction has hardly changed (Algorithm 1); in
+    prefill each chunk of queries selects once, with the mean of its queries. That mean sees the
+    queries of the whole chunk, so the chunk size changes what is selected; what is attended stays
+    causal.
 
     A mean of 512 queries hardly knows what the last one asks, and the answer starts there: the last
     `tail` queries of a prompt, or of each call that brings a piece of it, select one by one.
@@ -63,8 +64,9 @@ class TokenSelect(Method):
             prefill chunk always votes exactly.
         page: keys per page of scoring="pages".
         coarse: tokens in those pages, in multiples of k.
-        cache_threshold: reuse the last selection while the cosine with its query is at least this;
-            None selects at every step.
+        cache_threshold: reuse the last selection while the cosine with its query is at least this
+            (0.9 as published); None selects at every step. Reuse loses answers where what a query
+            asks for is a small part of its direction (docs/token-selection.md).
         cache_cosine: "head" asks it of every head; "layer" of all heads as one vector (as
             published), which reuses more often, and also when a single head looks elsewhere.
         cache_steps: most steps that reuse a selection.
@@ -88,7 +90,7 @@ class TokenSelect(Method):
     scoring: str = "pages"
     page: int = 16
     coarse: int = 4
-    cache_threshold: float | None = 0.9
+    cache_threshold: float | None = None
     cache_cosine: str = "head"
     cache_steps: int = 64
     select_layers: tuple[int, ...] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,13 @@ def test_mass_and_error_are_those_of_attention_written_out(
 def test_dense_keeps_everything(model: Any, ids: torch.Tensor) -> None:
     for row in measure_fidelity(model, ids, get_method("dense"), steps=2):
         assert (row.mass, row.error, row.density) == (1.0, 0.0, 1.0)
+
+
+def test_a_head_without_values_has_no_error(model: Any, ids: torch.Tensor) -> None:
+    silent = copy.deepcopy(model)
+    silent.model.layers[1].self_attn.v_proj.weight.data[:16] = 0  # the first KV head
+    for row in measure_fidelity(silent, ids, get_method("streaming_llm", window=32)):
+        assert (row.error == 0) == (row.layer == 1 and row.head < 2)
 
 
 def test_methods_with_memory_of_other_layers_are_measured_in_decode(

@@ -242,6 +242,22 @@ def test_a_turned_query_selects_anew_and_a_kept_direction_does_not() -> None:
     assert hits == [False, True, True, False, False]
 
 
+def test_by_default_a_small_turn_that_asks_for_another_needle_finds_it() -> None:
+    # Nine tenths of each query are the same in every step; the rest names one of two needles.
+    needles = torch.tensor([1200, 2400])
+    k = 0.1 * rand(1, 2, 4000, 32, seed=1)
+    k[:, :, needles] = torch.eye(32)[:2]
+    common = 4 * torch.eye(32)[2]
+    queries = [(common + torch.eye(32)[i]).expand(1, 4, 1, 32) for i in range(2)]
+    assert torch.cosine_similarity(*(q[0, 0, 0] for q in queries), dim=0) > 0.9
+    for threshold, found in (({}, True), ({"cache_threshold": 0.9}, False)):
+        method = get_method("tokenselect", k=16, sink=16, local=64, min_length=0, **threshold)
+        layer = LayerContext(scale=8.0)
+        for step, q in enumerate(queries):
+            mask = method.decode(q, k[:, :, : 3999 + step], layer).to_mask(1, 3999 + step)
+        assert mask[..., needles[1]].all() == found
+
+
 @pytest.mark.parametrize(("cosine", "hit"), [("head", False), ("layer", True)])
 def test_one_head_that_turns_is_seen_head_by_head_alone(cosine: str, hit: bool) -> None:
     method = make(cache_threshold=0.8, cache_cosine=cosine)
