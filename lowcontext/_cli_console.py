@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,9 +26,19 @@ MethodOpt = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
 ]
+SweepOpt = Annotated[
+    Path | None,
+    typer.Option(help="YAML list of NAME and of {name: NAME, key: value or list of values}."),
+]
+LimitOpt = Annotated[
+    int | None, typer.Option(help="Most prompts per method, the first of the run.", min=1)
+]
 HaystackOpt = Annotated[str, typer.Option(help="words, noise, wonderwords or a text file.")]
 DtypeOpt = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
+DeviceMapOpt = Annotated[
+    str | None, typer.Option(help="Spread layers over devices: auto, balanced, sequential, ...")
+]
 ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]
 
 
@@ -37,8 +48,23 @@ def errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
+        # Not wrapped: a path in it can be copied.
+        Console(stderr=True, soft_wrap=True, highlight=False).print(
+            f"error: {error}", style="red", markup=False
+        )
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def writing(path: Path, kept: str) -> Iterator[None]:
+    """Names the file, or the folder, that could not be written, and what is safe without it."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            f"--out: could not write {str(path)!r} ({error}); {kept}: make room, or choose another "
+            "folder, and run again"
+        ) from error
 
 
 def sample_progress() -> Progress:

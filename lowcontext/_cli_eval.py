@@ -13,15 +13,19 @@ from rich.table import Column, Table
 from lowcontext import _cli_parse as parse
 from lowcontext._cli_console import (
     ChunkOpt,
+    DeviceMapOpt,
     DeviceOpt,
     DtypeOpt,
     HaystackOpt,
+    LimitOpt,
     MethodOpt,
     MethodsOpt,
     ModelArg,
+    SweepOpt,
     console,
     errors,
     sample_progress,
+    writing,
 )
 from lowcontext.methods import Method
 
@@ -30,6 +34,7 @@ def ruler(
     model: ModelArg,
     methods: MethodsOpt = "",
     method: MethodOpt = None,
+    sweep: SweepOpt = None,
     lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "4k,8k,16k",
     tasks: Annotated[str, typer.Option(help="Comma-separated; default: all there is.")] = "",
     samples: Annotated[int, typer.Option(help="Prompts per length and task.", min=1)] = 5,
@@ -37,9 +42,11 @@ def ruler(
     squad: Annotated[str | None, typer.Option(help="JSON in SQuAD's format, for qa_1.")] = None,
     hotpot: Annotated[str | None, typer.Option(help="JSON in HotpotQA's, for qa_2.")] = None,
     seed: Annotated[int, typer.Option()] = 0,
+    limit: LimitOpt = None,
     chunk: ChunkOpt = None,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
+    device_map: DeviceMapOpt = None,
     out: Annotated[Path, typer.Option(help="Folder of ruler.jsonl and the PNGs.")] = Path("ruler"),
 ) -> None:
     """Runs RULER's tasks, offline, method by method, and compares each with dense.
@@ -53,7 +60,7 @@ def ruler(
     from lowcontext.eval import ruler as suite
 
     with errors():
-        chosen = parse.methods(methods, method)
+        chosen = parse.methods(methods, method, sweep)
         run = suite.RulerRun(
             lengths=parse.lengths(lengths),
             tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
@@ -61,8 +68,9 @@ def ruler(
             sources=suite.Sources(haystack, squad, hotpot),
             seed=seed,
             chunk=chunk,
+            limit=limit,
         )
-        lm, tokenizer = parse.load_model(model, dtype, device)
+        lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
         with sample_progress() as bars:
             for one in chosen:
@@ -72,7 +80,8 @@ def ruler(
                     bars.advance(bar)
         for table in ruler_tables(rows):
             console.print(table)
-        pictures = suite.plot_ruler(rows, out)
+        with writing(out, "the rows are kept"):
+            pictures = suite.plot_ruler(rows, out)
     console.print(f"wrote {out / 'ruler.jsonl'}, {', '.join(path.name for path in pictures)}")
 
 
@@ -95,7 +104,8 @@ def report(
             for table in [*ruler_tables(run.ruler), *parse.needle_tables(run.needle)]:
                 if table.row_count:
                     console.print(table)
-        page = reports.write_report(loaded, out)
+        with writing(out, "the runs are as they were"):
+            page = reports.write_report(loaded, out)
     console.print(f"wrote {page}")
 
 

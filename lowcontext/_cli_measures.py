@@ -12,14 +12,18 @@ from rich.table import Column, Table
 
 from lowcontext import _cli_parse as parse
 from lowcontext._cli_console import (
+    ChunkOpt,
+    DeviceMapOpt,
     DeviceOpt,
     DtypeOpt,
     MethodOpt,
     MethodsOpt,
     ModelArg,
+    SweepOpt,
     console,
     errors,
     sample_progress,
+    writing,
 )
 from lowcontext.methods import Method
 
@@ -29,6 +33,7 @@ def perplexity(
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
     methods: MethodsOpt = "",
     method: MethodOpt = None,
+    sweep: SweepOpt = None,
     lengths: Annotated[str, typer.Option(help="Tokens of a window, comma-separated.")] = "4k",
     stride: Annotated[
         int | None, typer.Option(help="From one window to the next; default: the length.", min=1)
@@ -37,8 +42,10 @@ def perplexity(
     decode: Annotated[
         int, typer.Option(help="Score the last so many tokens of a window, fed one by one.", min=0)
     ] = 0,
+    chunk: ChunkOpt = None,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
+    device_map: DeviceMapOpt = None,
     out: Annotated[Path, typer.Option(help="Folder of perplexity.jsonl.")] = Path("perplexity"),
 ) -> None:
     """Measures perplexity on a text, method by method, and by position in the window.
@@ -52,12 +59,12 @@ def perplexity(
     from lowcontext.eval import perplexity as measure
 
     with errors():
-        chosen = parse.methods(methods, method)
+        chosen = parse.methods(methods, method, sweep)
         runs = [
-            measure.PerplexityRun(str(text), length, stride, windows, decode)
+            measure.PerplexityRun(str(text), length, stride, windows, decode, chunk)
             for length in parse.lengths(lengths)
         ]
-        lm, tokenizer = parse.load_model(model, dtype, device)
+        lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         total = sum(measure.window_count(tokenizer, run) for run in runs)
         rows: list[Any] = []
         with sample_progress() as bars:
@@ -119,12 +126,14 @@ def fidelity(
     prompt: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
     methods: MethodsOpt = "",
     method: MethodOpt = None,
+    sweep: SweepOpt = None,
     max_length: Annotated[int, typer.Option(help="Cut the prompt to so many tokens.")] = 8192,
     steps: Annotated[
         int, typer.Option(help="Measure decode too, on so many of the last tokens.", min=0)
     ] = 0,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
+    device_map: DeviceMapOpt = None,
     out: Annotated[Path, typer.Option(help="Folder of fidelity.jsonl and .png.")] = Path(
         "fidelity"
     ),
@@ -139,8 +148,8 @@ def fidelity(
     from lowcontext.integrations import fidelity as measure
 
     with errors():
-        chosen = parse.methods(methods, method)
-        lm, tokenizer = parse.load_model(model, dtype, device)
+        chosen = parse.methods(methods, method, sweep)
+        lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         ids = parse.prompt_ids(tokenizer, prompt, max_length).to(lm.device)
         found = []
         with sample_progress() as bars:
@@ -149,8 +158,9 @@ def fidelity(
                 found += measure.measure_fidelity(lm, ids, one, steps=steps)
                 bars.advance(bar)
         console.print(fidelity_table(found))
-        rows = measure.write_rows(found, out / "fidelity.jsonl")
-        picture = measure.plot_fidelity(found, out / "fidelity.png")
+        with writing(out, "the table above is all that is left"):
+            rows = measure.write_rows(found, out / "fidelity.jsonl")
+            picture = measure.plot_fidelity(found, out / "fidelity.png")
     console.print(f"wrote {rows} and {picture}")
 
 

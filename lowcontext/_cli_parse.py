@@ -7,12 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE
 from rich.table import Column, Table
 
+from lowcontext._cli_sweep import read_sweep
 from lowcontext.methods import Method, get_method
 
 
@@ -42,14 +44,17 @@ def method(spec: str) -> Method:
     return get_method(name.strip(), **options)
 
 
-def methods(names: str, given: Sequence[str] | None) -> list[Method]:
-    """The methods of `--methods a,b` and of every `-m`; dense if there is none.
+def methods(names: str, given: Sequence[str] | None, sweep: Path | None) -> list[Method]:
+    """The methods of `--methods a,b`, of every `-m` and of a sweep file; dense if there is none.
+
+    One that is named twice is there once: its rows would count twice.
 
     Raises:
-        ValueError, TypeError: as `method`.
+        ValueError, TypeError: as `method` and `read_sweep`.
     """
     specs = [*filter(None, names.split(",")), *(given or [])]
-    return [method(spec) for spec in specs or ["dense"]]
+    found = [method(spec) for spec in specs] + (read_sweep(sweep) if sweep else [])
+    return list({str(one): one for one in found or [method("dense")]}.values())
 
 
 def lengths(text: str) -> tuple[int, ...]:
@@ -78,17 +83,32 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     return text
 
 
-def load_model(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
+def load_model(
+    folder: str, dtype: str, device: str, device_map: str | None = None
+) -> tuple[Any, Any]:
     """A causal LM and its tokenizer from a local folder, in eval mode.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or dtype or device is unknown.
+        ValueError: the folder holds no checkpoint, or dtype, device or device map is unknown.
+        RuntimeError: a device map is asked for without accelerate.
     """
     if not (Path(folder) / "config.json").exists():
-        raise ValueError(f"model: expected a folder with a config.json, got {folder!r}")
+        raise ValueError(
+            f"model: expected a folder with a config.json, got {folder!r}; fetch one with "
+            "`hf download OWNER/NAME --local-dir FOLDER`, or build one with "
+            "`lowcontext checkpoint FOLDER`"
+        )
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")
+    maps = (None, "auto", "balanced", "balanced_low_0", "sequential")
+    if device_map not in maps:
+        names = ", ".join(maps[1:])
+        raise ValueError(f"--device-map: expected one of {names}, got {device_map!r}")
+    if device_map and device != "auto":
+        raise ValueError(f"--device-map: expected it without --device, got --device {device!r}")
+    if device_map and find_spec("accelerate") is None:
+        raise RuntimeError("--device-map: expected accelerate; pip install accelerate")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -98,8 +118,9 @@ def load_model(folder: str, dtype: str, device: str) -> tuple[Any, Any]:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(folder)
     value = dtype if dtype == "auto" else getattr(torch, dtype)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=value)
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=value, device_map=device_map)
+    if device_map is None:
+        model.to(torch.device(device))  # type: ignore[arg-type]
     return model.eval(), tokenizer
 
 

@@ -13,15 +13,19 @@ from rich.table import Table
 from lowcontext import _cli_parse as parse
 from lowcontext._cli_console import (
     ChunkOpt,
+    DeviceMapOpt,
     DeviceOpt,
     DtypeOpt,
     HaystackOpt,
+    LimitOpt,
     MethodOpt,
     MethodsOpt,
     ModelArg,
+    SweepOpt,
     console,
     errors,
     sample_progress,
+    writing,
 )
 from lowcontext._cli_eval import report, ruler
 from lowcontext._cli_lm_eval import lm_eval
@@ -131,6 +135,7 @@ def generate(
     chunk: ChunkOpt = None,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
+    device_map: DeviceMapOpt = None,
 ) -> None:
     """Generates from a prompt, greedily, with a patched model; prints density and times.
 
@@ -153,7 +158,7 @@ def generate(
             )
         else:
             chosen = parse.method(method)
-        lm, tokenizer = parse.load_model(model, dtype, device)
+        lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         result = parse.generate(lm, tokenizer, text, chosen, max_new_tokens, chat, chunk)
     console.print(result.text, markup=False, highlight=False)
     console.print(f"\n{result.summary}", style="dim", markup=False, highlight=False)
@@ -164,6 +169,7 @@ def needle(
     model: ModelArg,
     methods: MethodsOpt = "",
     method: MethodOpt = None,
+    sweep: SweepOpt = None,
     lengths: Annotated[str, typer.Option(help="Comma-separated, in tokens.")] = "1k,4k,16k",
     depths: Annotated[int, typer.Option(help="Depths from 0 to 100%.", min=1)] = 5,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.", min=1)] = 1,
@@ -171,9 +177,11 @@ def needle(
     haystack: HaystackOpt = "words",
     seed: Annotated[int, typer.Option()] = 0,
     answer_room: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 16,
+    limit: LimitOpt = None,
     chunk: ChunkOpt = None,
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
+    device_map: DeviceMapOpt = None,
     out: Annotated[Path, typer.Option(help="Folder of needle.jsonl and needle.png.")] = Path(
         "needle"
     ),
@@ -192,7 +200,7 @@ def needle(
     from lowcontext import eval as evaluation
 
     with errors():
-        chosen = parse.methods(methods, method)
+        chosen = parse.methods(methods, method, sweep)
         grid = evaluation.NeedleGrid(
             lengths=parse.lengths(lengths),
             depths=parse.depth_grid(depths),
@@ -202,8 +210,9 @@ def needle(
             seed=seed,
             answer_room=answer_room,
             chunk=chunk,
+            limit=limit,
         )
-        lm, tokenizer = parse.load_model(model, dtype, device)
+        lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
         with sample_progress() as bars:
             for one in chosen:
@@ -213,7 +222,8 @@ def needle(
                     bars.advance(bar)
         for table in parse.needle_tables(rows):
             console.print(table)
-        picture = evaluation.plot_needle(rows, out / "needle.png")
+        with writing(out / "needle.png", "the rows are kept"):
+            picture = evaluation.plot_needle(rows, out / "needle.png")
     console.print(f"wrote {out / 'needle.jsonl'} and {picture}")
 
 

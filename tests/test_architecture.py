@@ -18,7 +18,15 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = {"_version": 0, "index": 0, "ops": 1, "methods": 2, "integrations": 3}
 # The package root re-exports; `eval` stands beside the stack and knows none of it.
 EVAL = "eval"
-CLI = ("cli", "_cli_console", "_cli_eval", "_cli_lm_eval", "_cli_measures", "_cli_parse")
+CLI = (
+    "cli",
+    "_cli_console",
+    "_cli_eval",
+    "_cli_lm_eval",
+    "_cli_measures",
+    "_cli_parse",
+    "_cli_sweep",
+)
 
 
 def layer(path: Path) -> str:

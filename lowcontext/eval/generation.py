@@ -34,18 +34,20 @@ class TokenClock:
 class PeakMemory:
     """Peak memory since the last ``reset``.
 
-    On a GPU the bytes that PyTorch allocated there; on a CPU the resident memory of the process,
-    which the kernel measures and resets (``/proc/self``): weights and the interpreter included.
+    The bytes that PyTorch allocated on the GPUs that hold weights, summed; without a GPU the
+    resident memory of the process, which the kernel measures and resets (``/proc/self``): weights
+    and the interpreter included.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, model: Any) -> None:
+        self._gpus = {x.device for x in model.parameters() if x.device.type == "cuda"}
         self._usable = True
 
     def reset(self) -> None:
         """Starts over."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        for gpu in self._gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        if self._gpus:
             return
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -54,8 +56,8 @@ class PeakMemory:
 
     def mib(self) -> float | None:
         """The peak in MiB, None where nothing measures it."""
-        if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device) / 2**20
+        if self._gpus:
+            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in self._gpus) / 2**20
         if not self._usable:
             return None
         status = Path("/proc/self/status").read_text()
@@ -97,7 +99,7 @@ class Answerer:
     def __init__(self, model: Any, tokenizer: Any, chunk: int | None, stats: Stats | None) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.chunk, self.stats = chunk, stats
-        self.memory = PeakMemory(torch.device(model.device))
+        self.memory = PeakMemory(model)
         self.warm = False
 
     def answer(self, ids: list[int], max_new_tokens: int) -> Answer:
@@ -145,8 +147,10 @@ class Answerer:
         return dict(self.stats()) if self.stats else {}
 
 
-def check_counts(lengths: tuple[int, ...], samples: int, chunk: int | None) -> None:
-    """Refuses lengths, samples and a prefill chunk that are not positive.
+def check_counts(
+    lengths: tuple[int, ...], samples: int, *, chunk: int | None, limit: int | None = None
+) -> None:
+    """Refuses lengths, samples, a prefill chunk and a limit that are not positive.
 
     Raises:
         ValueError: One of them is below 1, or there is no length.
@@ -156,8 +160,9 @@ def check_counts(lengths: tuple[int, ...], samples: int, chunk: int | None) -> N
     for name, value in (("lengths", min(lengths)), ("samples", samples)):
         if value < 1:
             raise ValueError(f"{name}: expected 1 or more, got {value}")
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"chunk: expected 1 or more, or None, got {chunk}")
+    for name, most in (("chunk", chunk), ("limit", limit)):
+        if most is not None and most < 1:
+            raise ValueError(f"{name}: expected 1 or more, or None, got {most}")
 
 
 def check_model(model: Any, tokenizer: Any, longest: int) -> None:

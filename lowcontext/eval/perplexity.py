@@ -36,6 +36,7 @@ class PerplexityRun:
         windows: Most windows to score; None for all that fit.
         decode: The last so many tokens of a window are fed one by one, as generation would, and
             only they are scored; 0 scores the window as a prompt.
+        chunk: Prefill in chunks of so many tokens, behind a cache; None for one pass.
     """
 
     text: str
@@ -43,9 +44,11 @@ class PerplexityRun:
     stride: int | None = None
     windows: int | None = None
     decode: int = 0
+    chunk: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts((self.length,), 1 if self.windows is None else self.windows, None)
+        windows = 1 if self.windows is None else self.windows
+        check_counts((self.length,), windows, chunk=self.chunk)
         if not 1 <= self.step <= self.length:
             raise ValueError(f"stride: expected 1..{self.length} (the length), got {self.stride}")
         if not 0 <= self.decode < self.length:
@@ -69,6 +72,7 @@ class PerplexityRow:
         length: Tokens of the window.
         stride: Tokens from one window to the next.
         decode: Tokens that were fed one by one.
+        chunk: Tokens of a prefill chunk; None for one pass.
         window: Number of the window.
         tokens: Tokens scored.
         nll: Their mean negative log-likelihood, in nats.
@@ -85,6 +89,7 @@ class PerplexityRow:
     length: int
     stride: int
     decode: int
+    chunk: int | None
     window: int
     tokens: int
     nll: float
@@ -96,7 +101,7 @@ class PerplexityRow:
     @property
     def key(self) -> RowKey:
         """What names the row: two rows with one key are one measurement made twice."""
-        settings = (self.length, self.stride, self.decode, self.window)
+        settings = (self.length, self.stride, self.decode, self.chunk, self.window)
         return (self.model, self.method, self.text, self.digest, *settings)
 
 
@@ -258,7 +263,7 @@ class _Scorer:
 
     def key(self, window: int) -> RowKey:
         run = self.run
-        settings = (run.length, run.step, run.decode, window)
+        settings = (run.length, run.step, run.decode, run.chunk, window)
         return (self.name, self.method, run.text, self.digest, *settings)
 
     def score(self, window: int) -> PerplexityRow:
@@ -284,6 +289,7 @@ class _Scorer:
             length=run.length,
             stride=run.step,
             decode=run.decode,
+            chunk=run.chunk,
             window=window,
             tokens=len(values),
             nll=fmean(values),
@@ -294,15 +300,21 @@ class _Scorer:
         )
 
     def _prompted(self, ids: torch.Tensor, window: int) -> torch.Tensor:
-        """Nats of the window's new tokens, from one pass over all of it."""
-        scored = self.run.length - 1 if window == 0 else min(self.run.step, self.run.length - 1)
-        logits = self.model(ids, use_cache=False, logits_to_keep=scored + 1).logits
-        return _nats(logits[0, :-1], ids[0, -scored:])
+        """Nats of the window's new tokens, fed as a prompt."""
+        last = self.run.length - 1
+        first = 0 if window == 0 else max(0, last - self.run.step)
+        parts = []
+        for end, out in self._prefill(ids, first):
+            if end > first:
+                logits = out.logits[0]
+                targets = ids[0, end - len(logits) + 1 : end + 1]
+                parts.append(_nats(logits[: len(targets)], targets))
+        return torch.cat(parts)
 
     def _decoded(self, ids: torch.Tensor) -> torch.Tensor:
         """Nats of the last tokens, each fed alone behind the cache of those before it."""
         split = self.run.length - self.run.decode
-        out = self.model(ids[:, :split], use_cache=True, logits_to_keep=1)
+        *_, (_, out) = self._prefill(ids[:, :split], split - 1)
         parts = []
         for place in range(split, self.run.length):
             parts.append(_nats(out.logits[0, -1:], ids[0, place : place + 1]))
@@ -310,6 +322,23 @@ class _Scorer:
                 step = ids[:, place : place + 1]
                 out = self.model(step, past_key_values=out.past_key_values, use_cache=True)
         return torch.cat(parts)
+
+    def _prefill(self, ids: torch.Tensor, first: int) -> Iterator[tuple[int, Any]]:
+        """Feeds tokens, all or by chunks; yields each pass's end and output.
+
+        Logits are kept from position `first` on; a pass that ends before it keeps one.
+        """
+        length = ids.shape[1]
+        chunk = self.run.chunk or length
+        cached = self.run.chunk is not None or self.run.decode > 0
+        cache = None
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            kept = max(1, end - max(start, first))
+            part = ids[:, start:end]
+            out = self.model(part, past_key_values=cache, use_cache=cached, logits_to_keep=kept)
+            cache = out.past_key_values
+            yield end, out
 
 
 def _nats(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,7 @@ class RowFile(Generic[RowT]):
                 file.truncate(end)
         except OSError as error:
             raise ValueError(
-                f"out: expected a writable file, got {str(path)!r} ({error})"
+                f"out: expected a writable file, got {str(path)!r} ({error}); choose another folder"
             ) from error
         self.rows: dict[RowKey, RowT] = {row.key: row for row in rows}
 

@@ -33,6 +33,7 @@ class NeedleGrid:
         answer_room: Most tokens to generate.
         chunk: Prefill in chunks of so many tokens; None for one pass.
         metric: ``"contains"`` (the answer stands in the output) or ``"exact"`` (it is the output).
+        limit: Most prompts, the first of the grid; None for all.
     """
 
     lengths: tuple[int, ...] = (1024, 4096, 16384)
@@ -44,9 +45,10 @@ class NeedleGrid:
     answer_room: int = 16
     chunk: int | None = None
     metric: str = METRICS[0]
+    limit: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self.lengths, self.samples, self.chunk)
+        check_counts(self.lengths, self.samples, chunk=self.chunk, limit=self.limit)
         if not self.depths:
             raise ValueError("depths: expected at least one value, got none")
         for depth in self.depths:
@@ -58,12 +60,13 @@ class NeedleGrid:
 
     def cells(self) -> list[Cell]:
         """Returns every (length, depth, sample) in the order they run."""
-        return [
+        cells = [
             (int(length), float(depth), sample)
             for length in self.lengths
             for depth in self.depths
             for sample in range(self.samples)
         ]
+        return cells[: self.limit]
 
 
 def run_needle(

@@ -80,6 +80,28 @@ def test_tokens_fed_one_by_one_get_the_likelihoods_of_one_pass(
     assert row.nll == pytest.approx(float(expected_nats(small, ids, 0, 200)[-30:].mean()), abs=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 33, 60, 199, 500])
+@pytest.mark.parametrize("settings", [{}, {"stride": 50}, {"decode": 30}])
+def test_a_prompt_fed_in_chunks_gets_the_likelihoods_of_one_pass(
+    small: Any, tokenizer: Any, text: str, chunk: int, settings: dict[str, int]
+) -> None:
+    run = PerplexityRun(text, 200, windows=2, **settings)
+    sizes: list[int] = []
+    handle = small.model.layers[0].mlp.register_forward_pre_hook(
+        lambda _module, args: sizes.append(args[0].shape[1])
+    )
+    try:
+        parts = list(run_perplexity(small, tokenizer, replace(run, chunk=chunk)))
+    finally:
+        handle.remove()
+    assert max(sizes) == min(chunk, 200 - run.decode)
+    for part, whole in zip(parts, run_perplexity(small, tokenizer, run), strict=True):
+        assert (part.tokens, part.chunk, whole.chunk) == (whole.tokens, chunk, None)
+        assert part.nll == pytest.approx(whole.nll, abs=1e-5)
+        for start, (count, nats) in whole.buckets.items():
+            assert part.buckets[start] == [count, pytest.approx(nats, abs=1e-2)]
+
+
 def test_buckets_hold_every_token_and_its_nats(small: Any, tokenizer: Any, tmp_path: Path) -> None:
     path = tmp_path / "long.txt"
     path.write_text(" ".join(filler_words() * 2), encoding="utf-8")
@@ -114,7 +136,9 @@ def test_another_text_in_the_same_file_is_another_measurement(
     assert first.digest != second.digest
 
 
-ROW = PerplexityRow("m", "dense", "t", "d", 100, 100, 0, 0, 10, 2.0, {"0": [10, 20.0]}, 1, 1.0, {})
+ROW = PerplexityRow(
+    "m", "dense", "t", "d", 100, 100, 0, None, 0, 10, 2.0, {"0": [10, 20.0]}, 1, 1.0, {}
+)
 
 
 def test_the_summary_pairs_windows_with_those_of_dense() -> None:

@@ -204,6 +204,7 @@ def test_a_tokenizer_without_an_end_is_refused(model: Any, checkpoint: Path) -> 
         ({"depths": (101,)}, "depths: expected 0..100 .percent., got 101"),
         ({"samples": 0}, "samples: expected 1 or more, got 0"),
         ({"chunk": 0}, "chunk: expected 1 or more, or None, got 0"),
+        ({"limit": 0}, "limit: expected 1 or more, or None, got 0"),
         ({"metric": "f1"}, "metric: expected one of contains, exact, got 'f1'"),
         (
             {"task": "qa"},

@@ -31,6 +31,7 @@ class RulerRun:
         sources: Haystack and files.
         seed: Seed of the first sample.
         chunk: Prefill in chunks of so many tokens; None for one pass.
+        limit: Most prompts, the first of the run; None for all.
     """
 
     lengths: tuple[int, ...] = (4096,)
@@ -39,9 +40,10 @@ class RulerRun:
     sources: Sources = field(default_factory=Sources)
     seed: int = 0
     chunk: int | None = None
+    limit: int | None = None
 
     def __post_init__(self) -> None:
-        check_counts(self.lengths, self.samples, self.chunk)
+        check_counts(self.lengths, self.samples, chunk=self.chunk, limit=self.limit)
         for task in self.tasks:
             if source_of(task, self.sources) is None:
                 needed = TASKS[task].source
@@ -50,12 +52,13 @@ class RulerRun:
     def cells(self) -> list[Cell]:
         """Returns every (length, task, sample) in the order they run."""
         tasks = self.tasks or available_tasks(self.sources)
-        return [
+        cells = [
             (length, task, sample)
             for length in self.lengths
             for task in tasks
             for sample in range(self.samples)
         ]
+        return cells[: self.limit]
 
 
 def run_ruler(
