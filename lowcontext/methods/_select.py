@@ -98,7 +98,7 @@ def grown(
     buffers, done = memory.get(name, ((), 0))
     if done < total or not buffers:
         new = make(min(done, total), total)
-        if not buffers or buffers[0].shape[2] < total:
+        if not buffers or buffers[0].shape[2] < total or _frozen(buffers[0]):
             room = total + max(total // 4, 64)
             larger = tuple(x.new_empty(*x.shape[:2], room, *x.shape[3:]) for x in new)
             for old, buffer in zip(buffers, larger, strict=False):
@@ -108,6 +108,14 @@ def grown(
             buffer[:, :, done:total] = x
         memory[name] = (buffers, total)
     return tuple(buffer[:, :, :total] for buffer in buffers)
+
+
+def _frozen(buffer: Tensor) -> bool:
+    # Tensors made in inference mode cannot be written outside it. A compiled graph cannot ask; it
+    # is not entered in one mode and left in the other.
+    if torch.compiler.is_compiling():
+        return False
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def block_statistics(

@@ -45,3 +45,14 @@ def test_statistics_are_computed_once_per_block_and_survive_growth() -> None:
         expected = keys[:, :, : n // 16 * 16].view(1, 2, -1, 16, 4).mean(3)
         torch.testing.assert_close(got, expected)
     assert sum(seen) == 3000 // 16
+
+
+def test_statistics_made_in_inference_mode_grow_outside_it() -> None:
+    keys = torch.randn(1, 2, 160, 4, generator=torch.Generator().manual_seed(0))
+    memory: dict = {}
+    with torch.inference_mode():
+        block_statistics(memory, keys[:, :, :80], 16, block_means)
+    got = block_statistics(memory, keys, 16, block_means)
+    assert torch.equal(got, block_statistics({}, keys, 16, block_means))
+    with torch.inference_mode():
+        assert torch.equal(block_statistics(memory, keys, 16, block_means), got)
