@@ -92,7 +92,8 @@ class Calibration:
         candidates: patterns to measure.
         published: choose only among patterns of the published schema.
         blocks: blocks of 64 queries that are measured in a prompt, the last one among them.
-        state: JSONL file of measurements; those in it are not repeated. None keeps them in memory.
+        state: JSONL file of measurements; those in it of the same model, prompt and candidates are
+            not repeated. None keeps them in memory.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -110,6 +111,8 @@ class Calibration:
     state: Path | None = None
     _rows: dict[tuple[str, int], Measurement] = field(default_factory=dict, init=False)
     _layers: int = field(default=0, init=False)
+    # What was asked for: the file may hold other prompts and models besides.
+    _prompts: set[str] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
         if self.blocks < 1:
@@ -140,7 +143,7 @@ class Calibration:
             raise ValueError(
                 f"ids: expected one prompt of at least {2 * BLOCK} tokens, got {list(ids.shape)}"
             )
-        prompt = hashlib.sha1(str(ids.tolist()).encode()).hexdigest()
+        prompt = hashlib.sha1(f"{_fingerprint(model)} {ids.tolist()}".encode()).hexdigest()
 
         def layer_done(q: Tensor, k: Tensor, v: Tensor, layer: LayerContext, window: int) -> None:
             self._layers = layer.num_layers
@@ -160,28 +163,33 @@ class Calibration:
             self._layers = len(done)
             if progress is not None:
                 progress(len(done), len(done))
-            return
-        probe(model, ids, layer_done)
+        else:
+            probe(model, ids, layer_done)
+        self._prompts.add(prompt)
 
     def choose(self, density: float | None = None, objective: str = "output") -> Choice:
         """The candidates with the smallest total error at a mean cost of at most `density`.
 
         Args:
-            density: mean share of the causal pairs that a head may read; None takes what the
-                default without a file costs on the same prompts.
+            density: mean share of the causal pairs that a head may read, above 0 and at most 1;
+                None takes what the default without a file costs on the same prompts.
             objective: "output" (error of the attention output) or "recall".
 
         Raises:
-            ValueError: nothing was measured, the objective is unknown, or no choice is that cheap.
+            ValueError: nothing was measured, the objective or the density is none, or no choice is
+                that cheap.
         """
+        if density is not None and not 0 < density <= 1:
+            raise ValueError(f"density: expected a share above 0 and at most 1, got {density}")
         if objective not in OBJECTIVES:
             raise ValueError(f"objective: expected one of {list(OBJECTIVES)}, got {objective!r}")
-        if not self._rows:
+        if not self._prompts:
             raise ValueError("choose: expected measurements, got none; call measure first")
+        prompts = sorted(self._prompts)
         tables = []
         for name in ("cost", "error", "recall"):
             layers = [
-                torch.tensor([getattr(m, name) for (_, at), m in self._rows.items() if at == i])
+                torch.tensor([getattr(self._rows[prompt, i], name) for prompt in prompts])
                 for i in range(self._layers)
             ]
             tables.append(torch.stack([x.mean(0) for x in layers]))  # [layers, candidates, heads]
@@ -221,6 +229,16 @@ class Calibration:
         row = {"settings": self._settings, "prompt": at[0], "layer": at[1]}
         with self.state.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | vars(self._rows[at])) + "\n")
+
+
+def _fingerprint(model: nn.Module) -> str:
+    """Tells models apart by names, shapes, dtypes and up to 64 values of each parameter."""
+    digest = hashlib.sha1()
+    for name, parameter in model.named_parameters():
+        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
+        shape = list(parameter.shape)
+        digest.update(f"{name} {shape} {parameter.dtype} {values.tolist()}".encode())
+    return digest.hexdigest()
 
 
 def measure_layer(

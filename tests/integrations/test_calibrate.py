@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 from pathlib import Path
 
@@ -75,6 +76,7 @@ def filled(cost: list, error: list, recall: list) -> Calibration:
     for i, each in enumerate(zip(cost, error, recall, strict=True)):
         run._rows["p", i] = Measurement(*each)
     run._layers = len(cost)
+    run._prompts.add("p")
     return run
 
 
@@ -110,6 +112,9 @@ def test_a_density_below_every_choice_is_an_error_that_says_the_least() -> None:
     run = filled([[[0.4, 0.2]]], [[[0.0, 0.0]]], [[[1.0, 1.0]]])
     with pytest.raises(ValueError, match="density: expected at least 0.3000"):
         run.choose(0.1)
+    for density in (0.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="density: expected a share above 0 and at most 1"):
+            run.choose(density)
     with pytest.raises(ValueError, match="objective: expected one of"):
         run.choose(0.5, "speed")
     with pytest.raises(ValueError, match="choose: expected measurements, got none"):
@@ -155,6 +160,28 @@ def test_an_interrupted_run_continues_and_a_finished_one_measures_nothing(
     other = Calibration(candidates=CANDIDATES, blocks=3, state=state)
     with pytest.raises(ValueError, match="got none"):
         other.choose(0.5)  # other settings, other measurements
+
+
+def test_a_choice_is_of_the_prompts_and_the_model_of_its_own_run(tmp_path: Path) -> None:
+    state = tmp_path / "state.jsonl"
+    model = tiny("llama")
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    runs = {}
+    for name, lm, ids in (
+        ("first", model, prompt(400)),
+        ("prompt", model, prompt(400, seed=2)),
+        ("model", other, prompt(400)),
+    ):
+        kept = Calibration(candidates=CANDIDATES, blocks=2, state=state)
+        kept.measure(lm, ids)
+        alone = Calibration(candidates=CANDIDATES, blocks=2)
+        alone.measure(lm, ids)
+        runs[name] = kept.choose(0.9)
+        assert runs[name] == alone.choose(0.9)
+    assert runs["model"].error != runs["first"].error != runs["prompt"].error
 
 
 def test_short_prompts_give_finite_measurements_and_too_short_ones_an_error() -> None:
