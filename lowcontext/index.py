@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -60,9 +61,7 @@ class BlockIndex:
                 f"kv_starts: expected shape {[*self.kv_num_blocks.shape, 'S']}, "
                 f"got {list(self.kv_starts.shape)}"
             )
-        block_q, block_k = self.block_size
-        if block_q < 1 or block_k < 1:
-            raise ValueError(f"block_size: expected two positive ints, got {self.block_size}")
+        _expect_block_size(self.block_size)
         if (self.kv_num_columns is None) != (self.kv_columns is None):
             raise ValueError(
                 "kv_columns: expected together with kv_num_columns, got one of the two"
@@ -137,12 +136,18 @@ class BlockIndex:
 
         Returns:
             BlockIndex with H heads and S the largest count of any row.
+
+        Raises:
+            ValueError: not a bool mask [B, H, Lq, Lk] with 0 < Lq <= Lk, or no block size.
         """
         if mask.dtype != torch.bool or mask.dim() != 4:
             raise ValueError(
                 f"mask: expected bool [B, H, Lq, Lk], got {mask.dtype} {list(mask.shape)}"
             )
+        _expect_block_size(block_size)
         B, H, Lq, Lk = mask.shape
+        if not 0 < Lq <= Lk:
+            raise ValueError(f"mask: expected 0 < Lq <= Lk, got Lq={Lq}, Lk={Lk}")
         block_q, block_k = block_size
         first, Nq = cls.query_blocks(Lq, Lk, block_q)
         Nk = -(-Lk // block_k)
@@ -338,6 +343,12 @@ def compact(keep: Tensor, width: int) -> tuple[Tensor, Tensor]:
     out = out.scatter_(-1, slot, source)
     counts = rank[..., -1] if keep.shape[-1] else rank.sum(-1)
     return out[..., :width], counts.clamp(max=width).to(torch.int32)
+
+
+def _expect_block_size(value: tuple[int, int]) -> None:
+    fits = isinstance(value, Sequence) and len(value) == 2
+    if not fits or not all(isinstance(size, int) and size > 0 for size in value):
+        raise ValueError(f"block_size: expected two positive ints, got {value!r}")
 
 
 def _expect_int32(name: str, value: Tensor, dims: int) -> None:

@@ -157,8 +157,14 @@ def test_construction_refuses_shapes_and_dtypes_that_do_not_fit() -> None:
         BlockIndex(counts, starts.long(), (64, 64))
     with pytest.raises(ValueError, match=r"kv_starts: expected shape \[1, 1, 2, 'S'\]"):
         BlockIndex(counts, starts[:, :, :1], (64, 64))
-    with pytest.raises(ValueError, match="block_size: expected two positive ints"):
-        BlockIndex(counts, starts, (64, 0))
+    for size in ((64, 0), 64, (64.0, 64.0), (64, 64, 64)):
+        with pytest.raises(ValueError, match="block_size: expected two positive ints"):
+            BlockIndex(counts, starts, size)
+        with pytest.raises(ValueError, match="block_size: expected two positive ints"):
+            BlockIndex.from_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), size)
+    for Lq, Lk in ((8, 4), (0, 4)):
+        with pytest.raises(ValueError, match=f"mask: expected 0 < Lq <= Lk, got Lq={Lq}, Lk={Lk}"):
+            BlockIndex.from_mask(torch.ones(1, 1, Lq, Lk, dtype=torch.bool), (2, 2))
     with pytest.raises(ValueError, match="kv_columns: expected together with kv_num_columns"):
         BlockIndex(counts, starts, (64, 64), kv_columns=starts)
     with pytest.raises(ValueError, match="index: expected 3 query blocks for Lq=130, Lk=130"):

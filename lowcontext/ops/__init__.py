@@ -36,7 +36,8 @@ def sparse_attention(
     (`BlockIndex.validate` does); positions outside the keys are masked, never read.
 
     Args:
-        q: [B, Hq, Lq, D], fp32, bf16 or fp16; any strides with the last dim contiguous.
+        q: [B, Hq, Lq, D], fp32, bf16 or fp16 (fp64 on the reference only); any strides with the
+            last dim contiguous.
         k: [B, Hkv, Lk, D], same dtype; Hq a multiple of Hkv, query head h reads head `h // G`.
         v: [B, Hkv, Lk, D], same dtype.
         index: the keys of each query block; heads 1, Hkv or Hq, batch 1 or B.
@@ -71,7 +72,7 @@ def sparse_attention(
         v,
         index,
         scale=_checks.check_scale(scale, q.shape[3]),
-        softcap=float(_checks.check_positive("softcap", softcap)),
+        softcap=_checks.check_softcap(softcap),
         kv_start=kv_start,
     )
     return (out, lse) if return_lse else out
@@ -120,8 +121,8 @@ def attention(
         k,
         v,
         scale=_checks.check_scale(scale, q.shape[3]),
-        softcap=float(_checks.check_positive("softcap", softcap)),
-        window=int(_checks.check_positive("window", window)),
+        softcap=_checks.check_softcap(softcap),
+        window=_checks.check_window(window),
         kv_start=kv_start,
     )
     return (out, lse) if return_lse else out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,8 @@ def check_floats(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected 4 dimensions [B, H, L, D], got {list(x.shape)}")
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.shape[3] == 0:
+        raise ValueError(f"{name}: expected a head_dim of at least 1, got {list(x.shape)}")
     if x.shape[3] > 1 and x.stride(3) != 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got stride {x.stride(3)}")
 
@@ -61,6 +65,9 @@ def check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:
         )
     if index.device != q.device:
         raise ValueError(f"index: expected device {q.device} of q, got {index.device}")
+    for name, x in (("kv_starts", index.kv_starts), ("kv_columns", index.kv_columns)):
+        if x is not None and x.shape[3] > 1 and x.stride(3) != 1:
+            raise ValueError(f"{name}: expected a contiguous last dim, got stride {x.stride(3)}")
 
 
 def check_kv_start(q: Tensor, kv_start: Tensor | None) -> Tensor | None:
@@ -82,15 +89,28 @@ def check_scale(scale: float | None, D: int) -> float:
         return float(D) ** -0.5
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
+    if not math.isfinite(scale):
+        raise ValueError(f"scale: expected a finite number or None, got {scale}")
     return float(scale)
 
 
-def check_positive(name: str, value: float | None) -> float:
-    """Returns `value`, 0 where None; raises unless it is a positive number."""
+def check_softcap(value: float | None) -> float:
+    """Returns the softcap, 0 where None; raises unless it is a positive, finite number."""
     if value is None:
-        return 0
+        return 0.0
     if not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a positive number or None, got {type(value).__name__}")
-    if value <= 0:
-        raise ValueError(f"{name}: expected a positive number or None, got {value}")
-    return value
+        raise TypeError(f"softcap: expected a positive number or None, got {type(value).__name__}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"softcap: expected a positive number or None, got {value}")
+    return float(value)
+
+
+def check_window(window: int | None) -> int:
+    """Returns `window`, 0 where None; raises unless it is an int of at least 1."""
+    if window is None:
+        return 0
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"window: expected an int or None, got {window!r}")
+    if window < 1:
+        raise ValueError(f"window: expected at least 1 or None, got {window}")
+    return window

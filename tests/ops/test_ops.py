@@ -196,8 +196,13 @@ def test_double_precision_runs_on_the_reference() -> None:
         ({"q": [1]}, TypeError, "q: expected a tensor, got list"),
         ({"k": torch.zeros(2, 2, 8, 6).mT}, ValueError, "k: expected a contiguous last dim"),
         ({"scale": "x"}, TypeError, "scale: expected a float or None, got str"),
+        ({"scale": math.nan}, ValueError, "scale: expected a finite number or None, got nan"),
         ({"softcap": -1.0}, ValueError, "softcap: expected a positive number or None, got -1.0"),
-        ({"window": 0}, ValueError, "window: expected a positive number or None, got 0"),
+        ({"softcap": math.inf}, ValueError, "softcap: expected a positive number or None, got inf"),
+        ({"softcap": math.nan}, ValueError, "softcap: expected a positive number or None, got nan"),
+        ({"window": 0}, ValueError, "window: expected at least 1 or None, got 0"),
+        ({"window": 0.5}, TypeError, "window: expected an int or None, got 0.5"),
+        ({"q": torch.zeros(2, 4, 4, 0)}, ValueError, "q: expected a head_dim of at least 1"),
         ({"kv_start": torch.zeros(3, dtype=torch.long)}, ValueError, r"kv_start: expected shape"),
         ({"kv_start": torch.zeros(2)}, TypeError, r"kv_start: expected an int tensor \[B\]"),
         ({"backend": "cuda"}, ValueError, "backend: expected 'auto' or one of .*, got 'cuda'"),
@@ -228,6 +233,10 @@ def test_an_index_that_does_not_fit_is_named() -> None:
         sparse_attention(q, k, v, make(1, 1, 2))
     with pytest.raises(TypeError, match="index: expected a BlockIndex, got int"):
         sparse_attention(q, k, v, 3)
+    starts = torch.zeros(1, 1, 1, 1, dtype=torch.int32).expand(-1, -1, -1, 2)
+    strided = BlockIndex(torch.ones(1, 1, 1, dtype=torch.int32), starts, (64, 64))
+    with pytest.raises(ValueError, match="kv_starts: expected a contiguous last dim, got stride 0"):
+        sparse_attention(q, k, v, strided)
 
 
 def test_a_missing_extension_warns_once_that_the_reference_is_slow(

@@ -75,7 +75,7 @@ def last_window_scores(
         last,
         k,
         scale=_checks.check_scale(scale, q.shape[3]),
-        softcap=float(_checks.check_positive("softcap", softcap)),
+        softcap=_checks.check_softcap(softcap),
     )
 
 
