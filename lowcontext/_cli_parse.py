@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -27,7 +28,7 @@ def installed_version(package: str) -> str:
 
 
 def method(spec: str) -> Method:
-    """A method from `NAME` or `NAME:key=value,key=value`; values are YAML scalars.
+    """A method from `NAME` or `NAME:key=value,key=value`; values are YAML scalars or [lists].
 
     Raises:
         ValueError, TypeError: the text does not parse, or the method refuses it.
@@ -36,11 +37,14 @@ def method(spec: str) -> Method:
 
     name, _, rest = spec.partition(":")
     options = {}
-    for pair in filter(None, rest.split(",")):
+    for pair in filter(None, re.split(r",(?![^\[]*\])", rest)):  # commas outside of [...]
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"method: expected NAME:key=value,key=value, got {spec!r}")
-        options[key.strip()] = yaml.safe_load(value)
+        try:
+            options[key.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"method: expected a YAML value of {key}, got {value!r}") from error
     return get_method(name.strip(), **options)
 
 
@@ -77,9 +81,25 @@ def prompt_text(prompt: str | None, file: Path | None) -> str:
     """The prompt from one of the two options."""
     if (prompt is None) == (file is None):
         raise ValueError("prompt: expected one of --prompt and --prompt-file")
-    text = prompt if file is None else file.read_text(encoding="utf-8")
-    if not text:
+    if file is not None:
+        return file_text(file)
+    if not prompt:
         raise ValueError("prompt: expected some text, got none")
+    return prompt
+
+
+def file_text(file: Path) -> str:
+    """The contents of a UTF-8 text file.
+
+    Raises:
+        ValueError: it is empty, or not UTF-8. OSError: it cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"prompt: expected UTF-8 text in {str(file)!r}, got {error}") from error
+    if not text:
+        raise ValueError(f"prompt: expected some text in {str(file)!r}, got none")
     return text
 
 
@@ -89,7 +109,8 @@ def load_model(
     """A causal LM and its tokenizer from a local folder, in eval mode.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or dtype, device or device map is unknown.
+        ValueError: the folder lacks a checkpoint or a tokenizer, dtype or device map is unknown, or
+            torch has no such device.
         RuntimeError: a device map is asked for without accelerate.
     """
     if not (Path(folder) / "config.json").exists():
@@ -116,11 +137,19 @@ def load_model(
     logging.disable_progress_bar()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: expected a tokenizer in {folder!r}, got {error}") from error
     value = dtype if dtype == "auto" else getattr(torch, dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=value, device_map=device_map)
     if device_map is None:
-        model.to(torch.device(device))  # type: ignore[arg-type]
+        try:
+            model.to(torch.device(device))  # type: ignore[arg-type]
+        except AssertionError as error:  # what a build of torch without CUDA raises
+            raise ValueError(
+                f"--device: expected one of torch's, got {device!r}: {error}"
+            ) from error
     return model.eval(), tokenizer
 
 
@@ -257,10 +286,16 @@ def share(value: float | None) -> str:
 
 
 def prompt_ids(tokenizer: Any, file: Path, max_length: int) -> Any:
-    """Tokens [1, N] of a text file; what is too long loses its middle."""
+    """Tokens [1, N] of a text file; what is too long loses its middle.
+
+    Raises:
+        ValueError: as `file_text`, or `max_length` is below 1.
+    """
     import torch
 
-    ids = tokenizer(file.read_text(encoding="utf-8"), return_tensors="pt")["input_ids"]
+    if max_length < 1:
+        raise ValueError(f"--max-length: expected at least 1, got {max_length}")
+    ids = tokenizer(file_text(file), return_tensors="pt")["input_ids"]
     if ids.shape[1] > max_length:
         half = max_length // 2
         ids = torch.cat([ids[:, :half], ids[:, half - max_length :]], dim=1)

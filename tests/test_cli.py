@@ -109,6 +109,43 @@ def test_mistakes_give_one_line_and_exit_code_1(args: list[str], message: str) -
     assert "Traceback" not in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("generate MODEL --prompt-file BINARY", "prompt: expected UTF-8 text in"),
+        ("generate MODEL --prompt-file EMPTY", "prompt: expected some text in"),
+        ("generate MODEL --prompt x --device cuda:9", "cuda"),
+        ("generate BARE --prompt x", "model: expected a tokenizer in"),
+        ("calibrate MODEL --prompt EMPTY --out OUT", "prompt: expected some text in"),
+        ("calibrate MODEL --prompt TEXT --out OUT --max-length 0", "--max-length: expected at"),
+        ("inspect MODEL --prompt TEXT --max-length -5", "--max-length: expected at least 1"),
+    ],
+)
+def test_files_and_devices_that_do_not_fit_are_named(
+    checkpoint: Path, tmp_path: Path, command: str, message: str
+) -> None:
+    files = {"BINARY": b"\xff\xfe", "EMPTY": b"", "TEXT": b"the sky is clear . " * 99}
+    for name, contents in files.items():
+        (tmp_path / name).write_bytes(contents)
+    bare = tmp_path / "BARE"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((checkpoint / name).read_bytes())
+    places = {"MODEL": checkpoint, "OUT": tmp_path / "p.json", "BARE": bare}
+    places |= {name: tmp_path / name for name in files}
+    result = runner.invoke(app, [str(places.get(word, word)) for word in command.split()])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output.replace("\n", " ")
+
+
+def test_hyper_parameters_can_be_lists() -> None:
+    method = parse.method("tidaldecode:k=64,select_layers=[0, 5],local=2")
+    assert str(method) == "tidaldecode(k=64, local=2, select_layers=(0, 5))"
+    with pytest.raises(ValueError, match=r"method: expected a YAML value of k, got '\[1'"):
+        parse.method("tidaldecode:k=[1")
+
+
 def test_a_length_over_the_models_positions_is_an_error(checkpoint: Path, tmp_path: Path) -> None:
     args = ["needle", str(checkpoint), "--lengths", "256k", "--out", str(tmp_path)]
     result = runner.invoke(app, args)

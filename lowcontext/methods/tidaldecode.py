@@ -45,10 +45,17 @@ class TidalDecode(Method):
         super().__post_init__()
         self._expect_ints(k=1, local=1)
         self._expect_choice("scope", ("query_head", "kv_head"))
+        layers = self.select_layers
+        if not isinstance(layers, (list, tuple)) or not layers:
+            raise ValueError(
+                f"tidaldecode: select_layers: expected a list of one layer or more, got {layers!r}"
+            )
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in layers):
+            raise ValueError(
+                f"tidaldecode: select_layers: expected indices of layers, got {layers!r}"
+            )
         # A list from a configuration file; the fields of a method are hashable.
-        object.__setattr__(self, "select_layers", tuple(self.select_layers))
-        if not self.select_layers:
-            raise ValueError("tidaldecode: select_layers: expected at least one layer, got none")
+        object.__setattr__(self, "select_layers", tuple(layers))
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """None: a prompt is read densely."""

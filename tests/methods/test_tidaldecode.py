@@ -74,6 +74,7 @@ def test_prefill_and_short_contexts_are_dense() -> None:
 
 
 def test_hyper_parameters_are_checked() -> None:
-    for option, value in [("scope", "layer"), ("k", 0), ("local", 0), ("select_layers", [])]:
+    layers = [("select_layers", value) for value in ([], 1, "ab", [1, "2"], [-1], [True])]
+    for option, value in [("scope", "layer"), ("k", 0), ("local", 0), *layers]:
         with pytest.raises(ValueError, match=f"tidaldecode: {option}: expected"):
             make(**{option: value})
