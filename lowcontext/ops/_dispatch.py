@@ -109,7 +109,7 @@ def select(
             reason = "inference only, and a gradient is required"
         if not reason:
             if name == "reference" and not grad and not torch.compiler.is_compiling():
-                _warn_slow(reasons)
+                _warn_slow(reasons["native"])
             return candidate
         reasons[name] = reason
     raise _none_runs(op, reasons)
@@ -156,14 +156,12 @@ def _none_runs(op: str, reasons: dict[str, str]) -> RuntimeError:
     return RuntimeError(f"no backend can run {op}: {listing}")
 
 
-def _warn_slow(reasons: dict[str, str]) -> None:
-    native = reasons.get("native")
-    if native == unusable("native"):
-        warnings.warn(
-            f"lowcontext runs its slow PyTorch reference, native is missing: {native}",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+def _warn_slow(reason: str) -> None:
+    warnings.warn(
+        f"lowcontext runs its slow PyTorch reference, native cannot run: {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )
 
 
 def table() -> list[tuple[str, str | None]]:

@@ -178,9 +178,12 @@ def test_gradients_go_through_the_reference_and_are_refused_elsewhere() -> None:
             attention(q, k, v, backend="native")
 
 
-def test_double_precision_runs_on_the_reference() -> None:
-    q, k, v = (x.double() for x in qkv(10, 20))
-    assert attention(q, k, v).dtype == torch.float64
+def test_what_the_kernels_do_not_take_runs_on_the_reference_with_a_warning() -> None:
+    q, k, v = qkv(10, 20)
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference"):
+        assert attention(q.double(), k.double(), v.double()).dtype == torch.float64
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference"):
+        attention(q[..., :20], k[..., :20], v[..., :20])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +247,7 @@ def test_a_missing_extension_warns_once_that_the_reference_is_slow(
 ) -> None:
     monkeypatch.setattr(_dispatch, "_status", lambda name: None if name == "reference" else "gone")
     q, k, v = qkv(4, 4)
-    with pytest.warns(RuntimeWarning, match="slow PyTorch reference, native is missing: gone"):
+    with pytest.warns(RuntimeWarning, match="slow PyTorch reference, native cannot run: gone"):
         attention(q, k, v)
     with pytest.raises(RuntimeError, match="backend 'native' cannot run attention: gone"):
         attention(q, k, v, backend="native")
