@@ -120,7 +120,11 @@ class Calibration:
         if not self.candidates:
             raise ValueError("candidates: expected at least one pattern, got none")
         if self.state is not None and self.state.exists():
-            for line in self.state.read_text(encoding="utf-8").splitlines():
+            text = self.state.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]
+            if whole != text:  # a run that was killed while it wrote
+                self.state.write_text(whole, encoding="utf-8")
+            for line in whole.splitlines():
                 row = json.loads(line)
                 if row.pop("settings") == self._settings:
                     at = row.pop("prompt"), row.pop("layer")

@@ -146,6 +146,8 @@ def test_an_interrupted_run_continues_and_a_finished_one_measures_nothing(
         first.measure(model, ids)
     assert model.config._attn_implementation == "sdpa"
     calls.append(None)  # from here on nothing stops
+    with state.open("a") as file:
+        file.write('{"settings": "unfin')  # killed while it wrote
     second = Calibration(candidates=CANDIDATES, blocks=2, state=state)
     seen = []
     second.measure(model, ids, lambda n, of: seen.append((n, of)))
