@@ -20,28 +20,18 @@ TORCH_TARGET = "0x020b000000000000"
 def native_build() -> dict[str, Any]:
     """The setup() arguments that build the extension; none where torch is missing."""
     try:
-        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         print(f"warning: building without the native extension: {error}", file=sys.stderr)
         return {}
 
     sources = [*ROOT.glob("csrc/*.cpp"), *ROOT.glob("csrc/cpu/*.cpp")]
-    cuda_sources = [*ROOT.glob("csrc/cuda/*.cu")]
-    cuda_toolkit = torch.version.cuda is not None and cpp_extension.CUDA_HOME is not None
-    with_cuda = bool(cuda_sources) and cuda_toolkit
-    if with_cuda:
-        sources += [*cuda_sources, *ROOT.glob("csrc/cuda/*.cpp")]
-
-    shared = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
-    if with_cuda:
-        shared.append("-DUSE_CUDA")
-    cxx = ["-fvisibility=hidden", "-fno-math-errno", "-g0", "-Wno-maybe-uninitialized"]
-    extension_type = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
-    extension = extension_type(
+    flags = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}"]
+    flags += ["-fvisibility=hidden", "-fno-math-errno", "-g0", "-Wno-maybe-uninitialized"]
+    extension = cpp_extension.CppExtension(
         "lowcontext._C",
         [str(source.relative_to(ROOT)) for source in sorted(sources)],
-        extra_compile_args={"cxx": shared + cxx, "nvcc": shared},
+        extra_compile_args={"cxx": flags},
         py_limited_api=True,
         optional=True,
     )
