@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcontext.ops.triton import blocks, lines, scores, select, window
+from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
+from lowcontext.ops.triton import blocks, lines, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
 
 _HKV, _GROUP, _N = 8, 4, 65536
@@ -155,7 +156,46 @@ class LinesConfig:
         return lines.plan_line_index(mask, mask, 8192, 64, 1000, 1000, start)[0]
 
 
-AnyScoreConfig = ScoreConfig | WindowConfig | BlockConfig | TopkConfig | LinesConfig
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search on tensors without memory: 32 query heads, 8 KV heads, 64 queries, 64K keys.
+
+    Args:
+        op: "tree" or "stages".
+        dtype, D: of q and k.
+        which: representative of a node or chunk.
+        rows: row of a stride of queries.
+    """
+
+    op: str
+    dtype: str = "bfloat16"
+    D: int = 128
+    which: str = "center"
+    rows: str = "mean"
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return f"search {self.op} {self.dtype} D={self.D} {self.which} {self.rows}"
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        dtype = getattr(torch, self.dtype)
+        q = _empty(1, _HKV * _GROUP, 64, self.D, dtype=dtype)
+        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        if self.op == "tree":
+            tree = TreeOptions(beam=128, representative=self.which, rows=self.rows)
+            (search,) = searches.searches(q, k, tree, 0, 0, 2 * tree.beam)
+            return searches.plan_tree(search, tree)[0]
+        stages = StageOptions(
+            stages=(Stage(64, 4096), Stage(2)), representative=self.which, rows=self.rows
+        )
+        (search,) = searches.searches(q, k, stages, 0, 0, _N // 64)
+        first, counts, starts = searches.plan_stage(search, stages, 0, None)
+        return [*first, *searches.plan_stage(search, stages, 1, (counts, starts))[0]]
+
+
+AnyScoreConfig = SearchConfig | ScoreConfig | WindowConfig | BlockConfig | TopkConfig | LinesConfig
 
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
@@ -173,6 +213,8 @@ REPRESENTATIVE = (
     TopkConfig(select.ROW),
     TopkConfig(2**20, limits=True),
     LinesConfig(dense_from=True),
+    SearchConfig("tree"),
+    SearchConfig("stages", "float32"),
 )
 
 
@@ -198,6 +240,10 @@ def everything() -> Iterator[AnyScoreConfig]:
             yield BlockConfig("means", dtype, D)
             for stride in (1, 8, 16, 128):
                 yield BlockConfig("antidiagonal", dtype, D, stride)
+    for dtype, D in (("bfloat16", 64), ("bfloat16", 256), ("float16", 128), ("float16", 256)):
+        yield SearchConfig("tree", dtype, D, "spread")
+        yield SearchConfig("stages", dtype, D, "last", "last")
+    yield SearchConfig("tree", "float32", 256)
     for limits in (False, True):
         for N in (32, 1024, 4096, 8192, select.ROW, 2**20):
             yield TopkConfig(N, limits)

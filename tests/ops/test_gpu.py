@@ -7,6 +7,7 @@ import torch
 
 import lowcontext
 from lowcontext import BlockIndex, attention, sparse_attention
+from lowcontext.ops import hierarchy, vertical_slash, votes
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +59,28 @@ def test_the_index_of_each_method_matches_the_reference(
             args = [q[:, :, row0:row1], k[:, :, :end], v[:, :, :end]]
             exact = sparse_attention(*(x.double() for x in args), index, backend="reference")
             assert bounded(sparse_attention(*args, index), exact)
+
+
+def decode_step(q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Every op of a decode step that selects: votes, lines and both searches."""
+    scores, lse = votes.token_scores(q.float(), k)
+    chosen, counts = votes.topk(votes.soft_vote(scores, lse), 100)
+    lines = vertical_slash.line_index(scores[:, :, 0] > 2.0, scores[:, :, 0] > 2.5, 1, k.shape[2])
+    tree = hierarchy.hip_tree(q, k, hierarchy.TreeOptions(block_q=1, budget=256, window=64))
+    options = hierarchy.StageOptions(block_q=1, budget=256, window=64)
+    staged, _ = hierarchy.hip_stages(q, k, options)
+    attended = [sparse_attention(q, k, k, index) for index in (tree, staged)]
+    return (chosen, counts, lines.kv_num_blocks, lines.kv_num_columns, *attended)
+
+
+@pytest.mark.parametrize("Lk", [900, 40000], ids=["small", ""])
+def test_a_decode_step_in_a_cuda_graph_gives_what_it_gives_outside(Lk: int) -> None:
+    q, k, _ = qkv(1, Lk, 128, torch.bfloat16)
+    decode_step(q, k)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode_step(q, k)
+    q.copy_(q.roll(1, dims=1))
+    graph.replay()
+    for inside, outside in zip(captured, decode_step(q, k), strict=True):
+        assert torch.equal(inside, outside)

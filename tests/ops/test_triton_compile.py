@@ -23,6 +23,7 @@ KERNELS = {
     *("window_lse", "window_sums", "slash", "block_means", "antidiagonal"),
     *("topk_row", "digits", "topk_counts", "topk_ids"),
     *("line_counts", "line_lists", "line_tiles", "line_columns"),
+    *("rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
 }
 ROOT = Path(__file__).parents[2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,10 +11,13 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.ops import votes
+from lowcontext.ops.hierarchy import SearchOptions, StageOptions, TreeOptions, hip_stages, hip_tree
+from lowcontext.ops.hierarchy import triton as search_kernels
 from lowcontext.ops.triton import select
 from lowcontext.ops.vertical_slash import line_index
 from lowcontext.ops.vertical_slash import triton as line_kernels
 from lowcontext.ops.votes import triton as vote_kernels
+from tests.ops.hierarchy.problems import STAGES, TREE, qk
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -170,3 +174,81 @@ def test_the_index_of_lines_traces_into_one_graph_with_its_fake() -> None:
     op = torch.ops.lowcontext_triton.line_index.default
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(op, (vertical, slash, 40, start), sizes, test_utils=tests)
+
+
+def searched(
+    Lq: int, Lk: int, D: int, options: SearchOptions, dtype: torch.dtype, backend: str
+) -> tuple[Tensor, ...]:
+    """Every tensor that a search of integers returns: small ones, so that scores are exact."""
+    q, k = (x.to(DEVICE, dtype) for x in qk(Lq, Lk, D=D, B=2))
+    if isinstance(options, TreeOptions):
+        index = hip_tree(q, k, options, ahead=20, backend=backend)
+        return index.kv_num_blocks, index.kv_starts
+    assert isinstance(options, StageOptions)
+    index, chunks = hip_stages(q, k, options, ahead=20, backend=backend)
+    again, _ = hip_stages(q, k, options, kept=chunks[:1], behind=3, backend=backend)
+    kept = [x for each in chunks for x in (each.counts, each.starts)]
+    both = (index.kv_num_blocks, index.kv_starts, again.kv_num_blocks, again.kv_starts)
+    return (*both, *kept)
+
+
+@pytest.mark.parametrize(
+    ("Lq", "Lk", "D", "options", "dtype"),
+    [
+        (1, 1, 8, TREE, torch.float32),
+        (40, 40, 8, replace(TREE, representative="spread"), torch.float32),
+        (30, 700, 20, replace(TREE, share="head", representative="last"), torch.float16),
+        (50, 333, 8, replace(TREE, share="layer", rows="last", row_stride=5), torch.bfloat16),
+        (1, 900, 136, replace(TREE, block_q=1, representative="first"), torch.bfloat16),
+        (1, 300, 8, replace(TREE, block_q=1, row_stride=1, beam=3, leaf=16), torch.float32),
+        (1, 1, 8, STAGES, torch.float32),
+        (40, 40, 8, replace(STAGES, chunk_score="last"), torch.float32),
+        (30, 700, 20, replace(STAGES, share="head", representative="last"), torch.float16),
+        (50, 333, 8, replace(STAGES, share="layer", rows="last"), torch.bfloat16),
+        (1, 900, 136, replace(STAGES, block_q=1, representative="first"), torch.bfloat16),
+    ],
+)
+def test_a_search_finds_what_the_reference_finds(
+    Lq: int, Lk: int, D: int, options: SearchOptions, dtype: torch.dtype
+) -> None:
+    ours = searched(Lq, Lk, D, options, dtype, "triton")
+    plain = searched(Lq, Lk, D, options, dtype, "reference")
+    for a, b in zip(ours, plain, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("options", [TREE, STAGES])
+def test_a_search_in_groups_of_query_blocks_finds_the_same(
+    options: SearchOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowcontext.ops.triton import searches
+
+    whole = searched(40, 300, 8, options, torch.float32, "triton")
+    monkeypatch.setattr(searches, "_SCORES", 100)
+    for a, b in zip(searched(40, 300, 8, options, torch.float32, "triton"), whole, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_searches_trace_into_one_graph_with_their_fakes() -> None:
+    q, k = (x.to(DEVICE) for x in qk(1, 300))
+    tree = replace(TREE, block_q=1, row_stride=1)
+    stages = replace(STAGES, block_q=1)
+
+    def counts(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        first = search_kernels.hip_stage(q, k, stages, 0, None, 0, 0)
+        return (*search_kernels.hip_tree(q, k, tree, 5), *first)
+
+    compiled = torch.compile(counts, backend="aot_eager", fullgraph=True)
+    for a, b in zip(compiled(q, k), counts(q, k), strict=True):
+        assert torch.equal(a, b)
+    ops, tests = torch.ops.lowcontext_triton, ("test_schema", "test_faketensor")
+    shared = search_kernels._shared(tree)
+    torch.library.opcheck(
+        ops.hip_tree.default, (q, k, [*shared, 4, 10, 1, 2, 0], 5), test_utils=tests
+    )
+    settings = [*shared, 0, 0, 64, 256, 4, 16, 0, 1]
+    starts = torch.zeros(1, 2, 1, 4, dtype=torch.int32, device=DEVICE)
+    for number, kept in ((0, (None, None)), (1, (starts[..., 0] + 4, starts))):
+        arguments = (q, k, settings, number, *kept, 0, 0)
+        torch.library.opcheck(ops.hip_stage.default, arguments, test_utils=tests)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.ops import _checks, _dispatch
-from lowcontext.ops.hierarchy import native, reference
+from lowcontext.ops.hierarchy import native, reference, triton
 from lowcontext.ops.hierarchy.options import SearchOptions, Stage, StageOptions, TreeOptions
 
 __all__ = [
@@ -22,7 +22,7 @@ __all__ = [
     "hip_tree",
 ]
 
-_BACKENDS = {"native": native, "reference": reference}
+_BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def hip_tree(
         options: settings; `block_q` is 1 in decode.
         ahead: tiles of this many keys after the last query are written behind the counts of the
             lists, so that a list can be kept while the window grows: raise its counts.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         BlockIndex of (Lq, Lk) with Hq, Hkv or 1 heads, as `options.share` says.
@@ -120,7 +120,7 @@ def hip_stages(
             that no key is in neither.
         ahead: tiles of this many keys after the last query are written behind the counts of the
             lists, so that a list can be kept while the window grows: raise its counts.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         BlockIndex of (Lq, Lk) with Hq, Hkv or 1 heads, as `options.share` says; and the chunks that

@@ -48,7 +48,7 @@ def token_scores(
         scales: fp32 [B, Hkv, N]; key i is `scales[i]` times its integers.
         pages: (int32 [B or 1, Hkv or 1, M], width): score only the `width` keys from each of these
             positions; N is then `M * width`. A page must lie within the keys.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         fp32 [B, Hq, R, N] and fp32 [B, Hq, R], -inf for a row without keys.
@@ -112,7 +112,7 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
             the same keys.
         lse: fp32 [B, Hq, R].
         heads: lists wanted: 1 for one per row, Hkv for one per KV head.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         fp32 [B, heads, R, N]; -inf where the scores are.
@@ -144,7 +144,7 @@ def topk(
         scores: fp32 [..., N]; entries that are -inf or NaN are never taken.
         k: most entries to take from a row.
         limits: int [...], fewer for some rows; k for all if not given.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         int32 [..., min(k, N)] ids, 0 beyond the count, and int32 [...] counts.
@@ -203,7 +203,7 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     Args:
         q: fp32 [B, Hq, R, D].
         bounds: [B, Hkv, P, 2 * D], a floating dtype, as from `page_bounds`.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         fp32 [B, Hq, R, P].
@@ -226,7 +226,7 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
     Args:
         k: [B, Hkv, N, D], a floating dtype.
         bits: 8, or 4 for an even D.
-        backend: "auto", "native" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         int8 [B, Hkv, N, D], or for 4 bits uint8 [B, Hkv, N, D / 2], whose entry i holds channel i
