@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from lowcontext.eval.generation import Stats, check_counts, check_model
+from lowcontext.eval.generation import Stats, check_counts, check_model, model_label
 from lowcontext.eval.records import RowFile, RowKey, read_any, recorded
 from lowcontext.eval.scoring import mean_interval
 
@@ -65,7 +65,7 @@ class PerplexityRow:
     """One window under one method.
 
     Attributes:
-        model: Name or folder that the model was loaded from.
+        model: Folder that the model was loaded from, its dtype and a digest of its weights.
         method: The caller's label for the model as it ran.
         text: The file.
         digest: First digits of the SHA-256 of its text.
@@ -257,7 +257,7 @@ class _Scorer:
         self, model: Any, tokenizer: Any, run: PerplexityRun, method: str, stats: Stats | None
     ) -> None:
         self.model, self.run, self.method, self.stats = model, run, method, stats
-        self.name = str(getattr(model, "name_or_path", ""))
+        self.name = model_label(model)
         self.ids, self.digest = _tokens(tokenizer, run)
         self.count = _windows(len(self.ids), run)
 

@@ -46,7 +46,7 @@ class NeedleRow:
     """One prompt, what the model made of it, and how long that took.
 
     Attributes:
-        model: Name or folder that the model was loaded from.
+        model: Folder that the model was loaded from, its dtype and a digest of its weights.
         method: The caller's label for the model as it ran.
         task: ``"single"`` or ``"multikey"``.
         haystack: Name or path of the haystack.
@@ -100,7 +100,7 @@ class RulerRow:
     """One prompt of the RULER suite, what the model made of it, and what that cost.
 
     Attributes:
-        model: Name or folder that the model was loaded from.
+        model: Folder that the model was loaded from, its dtype and a digest of its weights.
         method: The caller's label for the model as it ran.
         task: Name of the task.
         source: Where the text around the task comes from: a haystack, or a file of questions.

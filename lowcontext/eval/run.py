@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model, model_label
 from lowcontext.eval.haystack import HAYSTACKS
 from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample
 from lowcontext.eval.records import NeedleRow, RowFile, RowKey, recorded
@@ -127,7 +127,7 @@ class _Runner:
         self, model: Any, tokenizer: Any, grid: NeedleGrid, method: str, stats: Stats | None
     ) -> None:
         self.tokenizer, self.grid, self.method = tokenizer, grid, method
-        self.name = str(getattr(model, "name_or_path", ""))
+        self.name = model_label(model)
         self.answerer = Answerer(model, tokenizer, grid.chunk, stats)
 
     def key(self, cell: Cell) -> RowKey:

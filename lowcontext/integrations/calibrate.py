@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowcontext._fingerprint import fingerprint
 from lowcontext.index import BlockIndex
 from lowcontext.integrations._probe import probe
 from lowcontext.methods import LayerContext, get_method
@@ -147,7 +148,7 @@ class Calibration:
             raise ValueError(
                 f"ids: expected one prompt of at least {2 * BLOCK} tokens, got {list(ids.shape)}"
             )
-        prompt = hashlib.sha1(f"{_fingerprint(model)} {ids.tolist()}".encode()).hexdigest()
+        prompt = hashlib.sha1(f"{fingerprint(model)} {ids.tolist()}".encode()).hexdigest()
 
         def layer_done(q: Tensor, k: Tensor, v: Tensor, layer: LayerContext, window: int) -> None:
             self._layers = layer.num_layers
@@ -233,16 +234,6 @@ class Calibration:
         row = {"settings": self._settings, "prompt": at[0], "layer": at[1]}
         with self.state.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row | vars(self._rows[at])) + "\n")
-
-
-def _fingerprint(model: nn.Module) -> str:
-    """Tells models apart by names, shapes, dtypes and up to 64 values of each parameter."""
-    digest = hashlib.sha1()
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()[:: max(1, parameter.numel() // 64)][:64]
-        shape = list(parameter.shape)
-        digest.update(f"{name} {shape} {parameter.dtype} {values.tolist()}".encode())
-    return digest.hexdigest()
 
 
 def measure_layer(

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.methods._select import grown
 from lowcontext.methods.base import Moved, Rotary
 from lowcontext.ops.rotary import rotate_to
-
-_KEY = "search_keys"
 
 
 def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -> Tensor:
@@ -34,19 +33,13 @@ def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -
     Returns:
         [B, Hkv, Lk, D] in the dtype of k.
     """
-    Lk = k.shape[2]
-    buffer, done = memory.get(_KEY, (None, 0))
-    if buffer is None or buffer.shape[2] < Lk:
-        grown = k.new_empty(*k.shape[:2], max(Lk + Lk // 2, 64), k.shape[3])
-        if buffer is not None:
-            grown[:, :, :done] = buffer[:, :, :done]
-        buffer = grown
-    if done < Lk:
-        old = torch.arange(done, Lk, device=k.device)
+
+    def make(first: int, end: int) -> tuple[Tensor]:
+        old = torch.arange(first, end, device=k.device)
         new = old // chunk if chunk else torch.zeros_like(old)
-        buffer[:, :, done:Lk] = _rotated(k[:, :, done:], old, new, rotary)
-        memory[_KEY] = (buffer, Lk)
-    return buffer[:, :, :Lk]
+        return (_rotated(k[:, :, first:end], old, new, rotary),)
+
+    return grown(memory, "search_keys", k.shape[2], make)[0]
 
 
 def search_queries(q: Tensor, Lk: int, rotary: Rotary, chunk: int, window: int) -> Tensor:

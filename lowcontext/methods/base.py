@@ -224,8 +224,12 @@ class Method(ABC):
 
     def __str__(self) -> str:
         changed = [
-            f"{f.name}={getattr(self, f.name)}"
+            f"{f.name}={self._shown(f.name)}"
             for f in fields(self)
             if getattr(self, f.name) != f.default
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
+
+    def _shown(self, name: str) -> str:
+        """A field in `str(method)`, which tells apart methods that select differently."""
+        return str(getattr(self, name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,11 +129,15 @@ class MInference(Method):
     def _place(self) -> str:
         return str(self.patterns) if isinstance(self.patterns, (str, Path)) else "the given list"
 
-    def __str__(self) -> str:
-        if self.patterns is None or isinstance(self.patterns, (str, Path)):
-            return super().__str__()
+    def _shown(self, name: str) -> str:
+        if name != "patterns":
+            return super()._shown(name)
         table = self._table  # type: ignore[attr-defined]
-        return f"minference(patterns=<{len(table)} layers of {len(table[0])} heads>)"
+        place = f"<{len(table)} layers of {len(table[0])} heads>"
+        if isinstance(self.patterns, (str, Path)):
+            place = str(self.patterns)
+        # A file may hold something else the next time.
+        return f"{place} #{hashlib.sha1(repr(table).encode()).hexdigest()[:8]}"
 
 
 class Selection:

@@ -130,7 +130,11 @@ def test_other_settings_or_another_model_are_another_run(
     assert len(read_rows(out)) == 2
     counted.name_or_path = "another"
     list(run_needle(counted, tokenizer, grid, out=out))
-    assert [row.model for row in read_rows(out)][-1] == "another"
+    assert [row.model for row in read_rows(out)][-1].startswith("another (float32, ")
+    # The same folder with other weights.
+    next(counted.parameters()).data += 1
+    list(run_needle(counted, tokenizer, grid, out=out))
+    assert len({row.model for row in read_rows(out)}) == 3
 
 
 def test_a_run_cut_off_in_a_line_resumes_with_that_sample(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model, model_label
 from lowcontext.eval.records import RowFile, RowKey, RulerRow, recorded
 from lowcontext.eval.ruler.tasks import (
     TASKS,
@@ -102,7 +102,7 @@ class _Runner:
         self, model: Any, tokenizer: Any, run: RulerRun, method: str, stats: Stats | None
     ) -> None:
         self.tokenizer, self.run, self.method = tokenizer, run, method
-        self.name = str(getattr(model, "name_or_path", ""))
+        self.name = model_label(model)
         self.answerer = Answerer(model, tokenizer, run.chunk, stats)
 
     def key(self, cell: Cell) -> RowKey:
