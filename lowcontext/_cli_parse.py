@@ -48,6 +48,41 @@ def method(spec: str) -> Method:
     return get_method(name.strip(), **options)
 
 
+def op_table(devices: Sequence[str]) -> Table:
+    """Which backend "auto" takes for each op, on tensors with a head_dim of 64."""
+    import torch
+
+    from lowcontext.ops import _dispatch, block_scores, hierarchy, vertical_slash, votes
+
+    ops = [
+        (votes, ("token_scores", "page_scores", "soft_vote", "topk", "quantize_keys")),
+        (vertical_slash, ("last_window_scores", "line_index")),
+        (block_scores, ("antidiagonal_scores", "block_means")),
+        (hierarchy, ("hip_tree", "hip_stage")),
+    ]
+    table = Table("op", *(f"backend on {device}" for device in devices))
+    likes = [torch.empty(1, 1, 1, 64, device=device) for device in devices]
+
+    def attend(x: torch.Tensor) -> str:
+        return _dispatch.select("attention", "auto", x, x, x).name
+
+    def score(family: Any, name: str) -> Callable[[torch.Tensor], str]:
+        return lambda x: _dispatch.choose(family.BACKENDS, name, "auto", x)
+
+    choices: dict[str, Callable[[torch.Tensor], str]] = {"attention, sparse_attention": attend}
+    choices |= {name: score(family, name) for family, names in ops for name in names}
+    for title, choice in choices.items():
+        table.add_row(title, *(_taken(choice, x) for x in likes))
+    return table
+
+
+def _taken(choice: Callable[[Any], str], like: Any) -> str:
+    try:
+        return choice(like)
+    except RuntimeError:
+        return "none"
+
+
 def methods(names: str, given: Sequence[str] | None, sweep: Path | None) -> list[Method]:
     """The methods of `--methods a,b`, of every `-m` and of a sweep file; dense if there is none.
 

@@ -51,7 +51,7 @@ app.command(
 
 @app.command()
 def info() -> None:
-    """Shows versions, devices and which backends can run here, with the reason where not.
+    """Shows versions, devices, which backends can run here, and which one each op takes.
 
     Example: `lowcontext info`
     """
@@ -74,6 +74,8 @@ def info() -> None:
     for name, reason in _dispatch.table():
         backends.add_row(name, "no" if reason else "yes", reason or "")
     console.print(backends)
+    devices = ["cpu", "cuda"] if names else ["cpu"]
+    console.print(parse.op_table(devices))
 
 
 @app.command()

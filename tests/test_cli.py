@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import lowcontext
 from lowcontext import _cli_parse as parse
 from lowcontext.cli import app
+from lowcontext.ops import _dispatch
 
 runner = CliRunner()
 
@@ -28,6 +29,18 @@ def test_info_lists_every_backend_with_its_reason() -> None:
     assert result.exit_code == 0, result.output
     for name in ("native", "triton", "reference", "torch"):
         assert name in result.output
+
+
+def test_info_says_which_backend_each_op_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    reasons = {"native": "gone", "triton": "gone"}
+    monkeypatch.setattr(_dispatch, "_status", reasons.get)
+    output = runner.invoke(app, ["info"]).output
+    for name in ("sparse_attention", "topk", "line_index", "antidiagonal_scores", "hip_stage"):
+        line = next(line for line in output.splitlines() if name in line)
+        assert "reference" in line
+    monkeypatch.setattr(_dispatch, "_status", lambda name: "gone")
+    output = runner.invoke(app, ["info"]).output
+    assert "none" in next(line for line in output.splitlines() if "topk" in line)
 
 
 def test_methods_lists_every_method_with_its_hyper_parameters() -> None:

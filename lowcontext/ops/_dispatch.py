@@ -118,7 +118,12 @@ def select(
 def implementation(
     family: Mapping[str, ModuleType], op: str, backend: str, like: Tensor
 ) -> Callable[..., Any]:
-    """The function that runs a score or select op on tensors like `like`.
+    """The function that runs a score or select op on tensors like `like`; arguments as `choose`."""
+    return getattr(family[choose(family, op, backend, like)], op)
+
+
+def choose(family: Mapping[str, ModuleType], op: str, backend: str, like: Tensor) -> str:
+    """The backend that runs a score or select op on tensors like `like`.
 
     Args:
         family: backend name -> module with functions named as the ops, and
@@ -146,7 +151,7 @@ def implementation(
             continue
         reason = unusable(name) or module.supports(op, like)
         if not reason:
-            return getattr(module, op)
+            return name
         reasons[name] = reason
     raise _none_runs(op, reasons)
 

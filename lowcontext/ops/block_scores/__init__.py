@@ -10,7 +10,7 @@ from lowcontext.ops.block_scores import native, reference, triton
 
 __all__ = ["antidiagonal_scores", "block_means", "pooled_scores"]
 
-_BACKENDS = {"native": native, "triton": triton, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def block_means(x: Tensor, block: int, *, offset: int = 0, backend: str = "auto") -> Tensor:
@@ -130,12 +130,12 @@ def antidiagonal_scores(
     _expect_int("block", block, 1)
     if block % stride:
         raise ValueError(f"block: expected a multiple of stride={stride}, got {block}")
-    run = _dispatch.implementation(_BACKENDS, "antidiagonal_scores", backend, q)
+    run = _dispatch.implementation(BACKENDS, "antidiagonal_scores", backend, q)
     return run(q, k, stride=stride, block=block, scale=_checks.check_scale(scale, q.shape[3]))
 
 
 def _means(x: Tensor, block: int, offset: int, backend: str) -> Tensor:
-    return _dispatch.implementation(_BACKENDS, "block_means", backend, x)(x, block, offset)
+    return _dispatch.implementation(BACKENDS, "block_means", backend, x)(x, block, offset)
 
 
 def _expect_int(name: str, value: int, least: int) -> None:

@@ -22,7 +22,7 @@ __all__ = [
     "hip_tree",
 ]
 
-_BACKENDS = {"native": native, "triton": triton, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def hip_tree(
         [[[22], [22]]]
     """
     _check(q, k, options, TreeOptions, ahead=ahead)
-    counts, starts = _dispatch.implementation(_BACKENDS, "hip_tree", backend, q)(
+    counts, starts = _dispatch.implementation(BACKENDS, "hip_tree", backend, q)(
         q, k, options, ahead
     )
     return BlockIndex(counts, starts, (options.block_q, options.block_k))
@@ -146,7 +146,7 @@ def hip_stages(
         )
     if behind and not kept:
         raise ValueError(f"behind: expected 0 without kept, got {behind}")
-    run = _dispatch.implementation(_BACKENDS, "hip_stage", backend, q)
+    run = _dispatch.implementation(BACKENDS, "hip_stage", backend, q)
     results = [(chunks.counts, chunks.starts) for chunks in kept]
     for number in range(len(kept), len(options.stages)):
         before = results[-1] if results else None

@@ -15,7 +15,7 @@ from lowcontext.ops.vertical_slash import native, reference, triton
 
 __all__ = ["last_window_scores", "line_index"]
 
-_BACKENDS = {"native": native, "triton": triton, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 MAX_WINDOW = 256
 
@@ -70,7 +70,7 @@ def last_window_scores(
     if q.shape[2] == 0:
         raise ValueError("q: expected at least one query, got Lq=0")
     last = q[:, :, max(0, q.shape[2] - window) :]
-    run = _dispatch.implementation(_BACKENDS, "last_window_scores", backend, q)
+    run = _dispatch.implementation(BACKENDS, "last_window_scores", backend, q)
     return run(
         last,
         k,
@@ -160,7 +160,7 @@ def line_index(
     tiles = -(-Lk // block)
     if most_slash and dense_from is None:
         tiles = min(most_slash, tiles)
-    run = _dispatch.implementation(_BACKENDS, "line_index", backend, vertical)
+    run = _dispatch.implementation(BACKENDS, "line_index", backend, vertical)
     counts, starts, num_columns, columns = run(
         vertical[..., :Lk],
         slash[..., :Lk],

@@ -18,7 +18,7 @@ from lowcontext.ops.votes import native, reference, triton
 
 __all__ = ["page_bounds", "page_scores", "quantize_keys", "soft_vote", "token_scores", "topk"]
 
-_BACKENDS = {"native": native, "triton": triton, "reference": reference}
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -95,7 +95,7 @@ def token_scores(
             raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {width}")
     if whole:
         q = _round_queries(q)
-    run = _dispatch.implementation(_BACKENDS, "token_scores", backend, k)
+    run = _dispatch.implementation(BACKENDS, "token_scores", backend, k)
     return run(q, k, scales, starts, width, float(scale), causal and starts is None)
 
 
@@ -132,7 +132,7 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
         raise ValueError(f"lse: expected shape {list(scores.shape[:3])}, got {list(lse.shape)}")
     if heads < 1 or scores.shape[1] % heads:
         raise ValueError(f"heads: expected a divisor of {scores.shape[1]}, got {heads}")
-    return _dispatch.implementation(_BACKENDS, "soft_vote", backend, scores)(scores, lse, heads)
+    return _dispatch.implementation(BACKENDS, "soft_vote", backend, scores)(scores, lse, heads)
 
 
 def topk(
@@ -170,7 +170,7 @@ def topk(
             raise TypeError(f"limits: expected an int tensor, got {limits.dtype}")
         limits = limits.to(torch.int32).expand(rows).reshape(-1)
     flat = scores.reshape(-1, scores.shape[-1])
-    ids, counts = _dispatch.implementation(_BACKENDS, "topk", backend, scores)(flat, k, limits)
+    ids, counts = _dispatch.implementation(BACKENDS, "topk", backend, scores)(flat, k, limits)
     return ids.view(*rows, ids.shape[-1]), counts.view(rows)
 
 
@@ -215,7 +215,7 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     _check_heads(q, "bounds", bounds, 2 * q.shape[3])
     if bounds.dtype not in _KEY_DTYPES:
         raise TypeError(f"bounds: expected a floating dtype, got {bounds.dtype}")
-    return _dispatch.implementation(_BACKENDS, "page_scores", backend, bounds)(q, bounds)
+    return _dispatch.implementation(BACKENDS, "page_scores", backend, bounds)(q, bounds)
 
 
 def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -244,7 +244,7 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
         raise ValueError(f"bits: expected 8 or 4, got {bits}")
     if bits == 4 and k.shape[3] % 2:
         raise ValueError(f"k: expected an even last dim for 4 bits, got {k.shape[3]}")
-    return _dispatch.implementation(_BACKENDS, "quantize_keys", backend, k)(k, bits)
+    return _dispatch.implementation(BACKENDS, "quantize_keys", backend, k)(k, bits)
 
 
 def _round_queries(q: Tensor) -> Tensor:
