@@ -8,12 +8,15 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from lowcontext.eval.plots import plot_needle
 from lowcontext.eval.records import NeedleRow, RulerRow, read_rows, read_ruler_rows
 from lowcontext.eval.ruler.plots import plot_ruler
 from lowcontext.eval.ruler.summary import RulerSummary, summarize_ruler
 from lowcontext.eval.summary import SummaryRow, summarize
+
+LineT = TypeVar("LineT", NeedleRow, RulerRow, RulerSummary)
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#1f2933}
@@ -24,7 +27,9 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e6e8eb;white-space:nowrap}
 th{color:#66727f;font-weight:600}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
+td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:9rem;max-width:20rem}
 tr.below td{color:#b3541e;font-weight:600}
+figure{margin:1rem 0}
 img{max-width:100%;height:auto}
 p{color:#66727f;max-width:46rem}
 """
@@ -72,7 +77,7 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
     """Writes the pictures of all runs together, and a page with them and the tables.
 
     Args:
-        runs: The runs; with several, methods are named ``run: method``.
+        runs: The runs; with several of a kind, its methods are named ``run: method``.
         folder: Where to write ``report.html`` and the PNGs; made if missing.
 
     Returns:
@@ -85,18 +90,17 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
         raise ValueError("runs: expected at least one run, got none")
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    prefix = {run.name: f"{run.name}: " if len(runs) > 1 else "" for run in runs}
-    needle = [replace(r, method=prefix[run.name] + r.method) for run in runs for r in run.needle]
-    ruler = [replace(r, method=prefix[run.name] + r.method) for run in runs for r in run.ruler]
+    several_needle = sum(bool(run.needle) for run in runs) > 1
+    several_ruler = sum(bool(run.ruler) for run in runs) > 1
+    needle = [_named(row, run, several_needle) for run in runs for row in run.needle]
+    ruler = [_named(row, run, several_ruler) for run in runs for row in run.ruler]
     parts = [f"<h1>Evaluation of {html.escape(', '.join(run.name for run in runs))}</h1>"]
     if ruler:
         parts.append("<h2>RULER suite</h2>")
         parts += [_picture(path) for path in plot_ruler(ruler, target)]
         # Each run is compared with its own dense rows.
         lines = [
-            replace(line, method=prefix[run.name] + line.method)
-            for run in runs
-            for line in summarize_ruler(run.ruler)
+            _named(line, run, several_ruler) for run in runs for line in summarize_ruler(run.ruler)
         ]
         parts.append(_ruler_table(lines))
     if needle:
@@ -111,6 +115,11 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
         encoding="utf-8",
     )
     return page
+
+
+def _named(line: LineT, run: Run, several: bool) -> LineT:
+    """The line with the name of its run before that of its method, where there are several."""
+    return replace(line, method=f"{run.name}: {line.method}") if several else line
 
 
 def _load(path: Path, name: str) -> Run:
@@ -132,7 +141,8 @@ def _load(path: Path, name: str) -> Run:
 
 def _picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
-    return f'<p><img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
+    image = f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
+    return f"<figure>{image}</figure>"
 
 
 def _table(head: Sequence[str], body: Sequence[tuple[Sequence[str], bool]]) -> str:

@@ -51,7 +51,7 @@ def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:
     sources = re.findall(r'(?:src|href)="(.{30})', text)
     assert len(sources) == 4
     assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "n: quest&lt;&amp;&gt;" in text
+    assert "<td>quest&lt;&amp;&gt;</td>" in text
     assert "<script" not in text
     assert "http" not in re.sub(r'src="[^"]*"', "", text)
 
@@ -81,3 +81,16 @@ def test_files_that_are_no_run_are_refused(tmp_path: Path) -> None:
     empty.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="expected a ruler row in line 1"):
         load_runs([empty])
+
+
+def test_a_run_is_named_only_beside_another_of_its_kind(tmp_path: Path) -> None:
+    long = replace(RULER, method=f"minference(patterns={'x' * 60}.json)")
+    for name, rows in (("a", [RULER, long]), ("b", [RULER]), ("c", [NEEDLE])):
+        write(tmp_path / f"{name}.jsonl", rows)
+    paths = [tmp_path / f"{name}.jsonl" for name in "abc"]
+    page = write_report(load_runs(paths), tmp_path / "all").read_text()
+    assert "a: dense" in page
+    assert "b: dense" in page
+    assert "c: " not in page.partition("<h2>")[2]
+    page = write_report(load_runs(paths[1:]), tmp_path / "two").read_text()
+    assert "b: dense" not in page.partition("<h2>")[2]

@@ -14,6 +14,7 @@ from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_rul
 SERIES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 MARKERS = "osD^vP*X"
 PANEL_COLUMNS = 3
+LABEL_CHARS = 34
 
 
 def plot_ruler(rows: Iterable[RulerRow], folder: str | Path) -> list[Path]:
@@ -93,7 +94,8 @@ def _scores(lines: Sequence[RulerSummary]) -> Any:
         axes.tick_params(length=0, colors=INK)
         for spine in axes.spines.values():
             spine.set_visible(False)
-    bar = figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], shrink=0.6, aspect=30)
+    shrink = 0.6 / height
+    bar = figure.colorbar(image, ax=list(panels), ticks=[0, 0.5, 1], shrink=shrink, aspect=20)
     bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=7.5, color=INK)
     bar.outline.set_visible(False)
     return figure
@@ -102,10 +104,14 @@ def _scores(lines: Sequence[RulerSummary]) -> Any:
 def _density(lines: Sequence[RulerSummary]) -> Any:
     """Score over all tasks against the share of pairs read, one panel per length."""
     lengths = sorted({line.length for line in lines})
-    figure = _figure(1.6 + 2.7 * len(lengths), 3.6)
+    columns = min(PANEL_COLUMNS, len(lengths))
+    height = -(-len(lengths) // columns)
+    figure = _figure(2.4 + 2.7 * columns, 0.5 + 3.1 * height)
     figure.suptitle("Score against density of prefill", color=INK, weight="bold", fontsize=11)
-    panels = figure.subplots(1, len(lengths), sharey=True, squeeze=False)[0]
-    for axes, length in zip(panels, lengths, strict=True):
+    panels = figure.subplots(height, columns, sharey=True, squeeze=False).flatten()
+    for axes in panels[len(lengths) :]:
+        axes.set_axis_off()
+    for axes, length in zip(panels, lengths, strict=False):
         for style, line in _series(lines, length):
             if line.density is None:
                 continue
@@ -119,7 +125,8 @@ def _density(lines: Sequence[RulerSummary]) -> Any:
         axes.set_xlabel("pairs read", fontsize=8, color=FAINT)
         axes.set_ylim(-4, 104)
         _quiet(axes)
-    panels[0].set_ylabel("mean score in % (95% interval)", fontsize=8, color=FAINT)
+    for axes in panels[::columns]:
+        axes.set_ylabel("mean score in % (95% interval)", fontsize=8, color=FAINT)
     _legend(figure, panels[0])
     return figure
 
@@ -160,7 +167,7 @@ def _series(
         (
             {
                 "color": SERIES[methods.index(line.method) % len(SERIES)],
-                "marker": MARKERS[methods.index(line.method) % len(MARKERS)],
+                "marker": _marker(methods.index(line.method)),
                 "markersize": 5,
                 "label": _wrapped(line.method),
             },
@@ -169,6 +176,11 @@ def _series(
         for line in lines
         if line.length == length and line.task == ALL_TASKS
     ]
+
+
+def _marker(place: int) -> str:
+    """A marker; where the colours come round again they meet other markers."""
+    return MARKERS[(place + place // len(SERIES)) % len(MARKERS)]
 
 
 def _quiet(axes: Any) -> None:
@@ -195,7 +207,10 @@ def _distinct(lines: Sequence[RulerSummary], field: str) -> list[str]:
 def _wrapped(label: str) -> str:
     """The method's name, and below it the settings that are not its defaults, cut short."""
     name, bracket, options = label.partition("(")
-    return f"{name}\n{options.removesuffix(')')[:34]}" if bracket else name
+    settings = options.removesuffix(")")
+    if len(settings) > LABEL_CHARS:
+        settings = f"{settings[: LABEL_CHARS - 1]}…"
+    return f"{name}\n{settings}" if bracket else name
 
 
 def tokens(length: int) -> str:
