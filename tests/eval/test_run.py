@@ -132,8 +132,13 @@ def test_other_settings_or_another_model_are_another_run(
     list(run_needle(counted, tokenizer, grid, out=out))
     assert [row.model for row in read_rows(out)][-1].startswith("another (float32, ")
     # The same folder with other weights.
-    next(counted.parameters()).data += 1
-    list(run_needle(counted, tokenizer, grid, out=out))
+    weight = next(counted.parameters()).data
+    before = weight.clone()
+    try:
+        weight += 1
+        list(run_needle(counted, tokenizer, grid, out=out))
+    finally:
+        weight.copy_(before)  # the model belongs to all tests of the session
     assert len({row.model for row in read_rows(out)}) == 3
 
 
