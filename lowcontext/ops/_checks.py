@@ -89,7 +89,8 @@ def check_scale(scale: float | None, D: int) -> float:
         return float(D) ** -0.5
     if not isinstance(scale, (int, float)):
         raise TypeError(f"scale: expected a float or None, got {type(scale).__name__}")
-    if not math.isfinite(scale):
+    # Not math.isfinite: torch.compile may trace with a symbolic float.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number or None, got {scale}")
     return float(scale)
 

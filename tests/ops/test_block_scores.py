@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -16,31 +15,6 @@ needs_native = pytest.mark.skipif(
     native.status() is not None, reason=f"native backend: {native.status()}"
 )
 SHAPES = [(1, 1), (64, 64), (130, 130), (100, 333), (33, 290), (256, 512)]
-
-
-def kernels() -> list[str]:
-    """The reference, and native with each instruction set of this machine."""
-    found = ["reference"]
-    if native.status() is not None:
-        return found
-    for isa in ("avx512", "avx2", "portable"):
-        try:
-            torch.ops.lowcontext._set_cpu_isa(isa)
-        except RuntimeError:
-            continue
-        found.append(isa)
-    torch.ops.lowcontext._set_cpu_isa("auto")
-    return found
-
-
-@pytest.fixture(params=kernels())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        yield "reference"
-        return
-    torch.ops.lowcontext._set_cpu_isa(request.param)
-    yield "native"
-    torch.ops.lowcontext._set_cpu_isa("auto")
 
 
 def qk(Lq: int, Lk: int, D: int = 16, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from instruction_sets import machine_isas
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
@@ -18,23 +19,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def machine_isas() -> list[str]:
-    if native.status() is not None:
-        return ["portable"]
-    found = []
-    for isa in ("avx512", "avx2", "portable"):
-        try:
-            torch.ops.lowcontext._set_cpu_isa(isa)
-        except RuntimeError:
-            continue
-        found.append(isa)
-    torch.ops.lowcontext._set_cpu_isa("auto")
-    return found
-
-
-ISAS = machine_isas()
+ISAS = machine_isas() or ["portable"]
 
 
 @pytest.fixture(params=ISAS)

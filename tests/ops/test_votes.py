@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,31 +9,6 @@ from torch import Tensor
 from lowcontext.ops import native, votes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-def kernels() -> list[str]:
-    """The reference, and native with each instruction set of this machine."""
-    found = ["reference"]
-    if native.status() is not None:
-        return found
-    for isa in ("avx512", "avx2", "portable"):
-        try:
-            torch.ops.lowcontext._set_cpu_isa(isa)
-        except RuntimeError:
-            continue
-        found.append(isa)
-    torch.ops.lowcontext._set_cpu_isa("auto")
-    return found
-
-
-@pytest.fixture(params=kernels())
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param == "reference":
-        yield "reference"
-        return
-    torch.ops.lowcontext._set_cpu_isa(request.param)
-    yield "native"
-    torch.ops.lowcontext._set_cpu_isa("auto")
 
 
 def rand(*shape: int, seed: int = 0) -> Tensor:
