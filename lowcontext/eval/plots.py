@@ -133,7 +133,7 @@ def _draw_cells(axes: Any, rows: list[NeedleRow], grid: _Grid, colours: Any) -> 
 
 
 def _draw_ticks(axes: Any, grid: _Grid, *, first: bool) -> None:
-    axes.set_xticks(range(len(grid.lengths)), [_tokens(n) for n in grid.lengths], fontsize=8)
+    axes.set_xticks(range(len(grid.lengths)), [tokens(n) for n in grid.lengths], fontsize=8)
     depths = [f"{depth:.4g}%" for depth in grid.depths]
     axes.set_yticks(range(len(depths)), depths if first else [""] * len(depths), fontsize=8)
     axes.set_xticks([x - 0.5 for x in range(1, len(grid.lengths))], minor=True)
@@ -175,7 +175,7 @@ def _figures(rows: list[NeedleRow]) -> list[str]:
     interval = f"[{100 * overall.low:.0f}–{100 * overall.high:.0f}%]"
     return [
         f"accuracy {overall.accuracy:.0%} {interval}, n = {overall.samples}",
-        f"at {_tokens(longest.length or 0)}: {_costs(longest)}",
+        f"at {tokens(longest.length or 0)}: {_costs(longest)}",
     ]
 
 
@@ -195,7 +195,8 @@ def _group_label(task: str, haystack: str) -> str:
     return f"right answers in %, {kind}, haystack: {Path(haystack).name}"
 
 
-def _tokens(length: int) -> str:
+def tokens(length: int) -> str:
+    """A length as people write it: 16K, or 1000."""
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 

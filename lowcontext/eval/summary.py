@@ -75,12 +75,15 @@ def _line(rows: list[NeedleRow], length: int | None) -> SummaryRow:
         accuracy=correct / len(rows),
         low=low,
         high=high,
-        density=_over(fmean, [row.density for row in rows]),
+        density=over_known(fmean, [row.density for row in rows]),
         ttft_s=median(row.ttft_s for row in rows),
-        tpot_s=_over(median, [row.tpot_s for row in rows]),
+        tpot_s=over_known(median, [row.tpot_s for row in rows]),
     )
 
 
-def _over(average: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
+def over_known(
+    average: Callable[[list[float]], float], values: Iterable[float | None]
+) -> float | None:
+    """The average of the values that are known, None where none is."""
     known = [value for value in values if value is not None]
     return average(known) if known else None

@@ -15,7 +15,6 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._select import grown
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops.rotary import rotate_to
 
 
 def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -> Tensor:
@@ -37,7 +36,7 @@ def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -
     def make(first: int, end: int) -> tuple[Tensor]:
         old = torch.arange(first, end, device=k.device)
         new = old // chunk if chunk else torch.zeros_like(old)
-        return (_rotated(k[:, :, first:end], old, new, rotary),)
+        return (rotary.move(k[:, :, first:end], old, new),)
 
     return grown(memory, "search_keys", k.shape[2], make)[0]
 
@@ -53,11 +52,7 @@ def search_queries(q: Tensor, Lk: int, rotary: Rotary, chunk: int, window: int) 
         new = torch.minimum(position, position // chunk + window)
     else:
         new = torch.full_like(position, window + 1)
-    return _rotated(q, position, new, rotary)
-
-
-def _rotated(x: Tensor, old: Tensor, new: Tensor, rotary: Rotary) -> Tensor:
-    return rotate_to(x, old, new, rotary.inv_freq, interleaved=rotary.interleaved)
+    return rotary.move(q, position, new)
 
 
 def streamed(

@@ -36,6 +36,10 @@ class Rotary:
     inv_freq: Tensor
     interleaved: bool = False
 
+    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """x [..., L, D], rotated for the positions `old`, as rotated for `new`: see `rotate_to`."""
+        return rotate_to(x, old, new, self.inv_freq, interleaved=self.interleaved)
+
 
 @dataclass(frozen=True, eq=False)
 class Moved:
@@ -64,10 +68,7 @@ class Moved:
     def gather_keys(self, k: Tensor) -> Tensor:
         """The listed keys at their new positions: [B, Hkv, M, D]."""
         keys = self.gather(k)
-        facts = self.rotary
-        moved = rotate_to(
-            keys, self.keys, self.positions, facts.inv_freq, interleaved=facts.interleaved
-        )
+        moved = self.rotary.move(keys, self.keys, self.positions)
         # Rounding must not touch a key that stays.
         return torch.where((self.keys == self.positions)[..., None], keys, moved)
 

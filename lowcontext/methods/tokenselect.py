@@ -13,7 +13,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._candidates import Tokens, Vote, join_rows
 from lowcontext.methods._reuse import reuse
-from lowcontext.methods._select import grown
+from lowcontext.methods._streaming import search_keys
 from lowcontext.methods.base import (
     MAX_DECODE_QUERIES,
     LayerContext,
@@ -23,7 +23,6 @@ from lowcontext.methods.base import (
     Rotary,
     is_decoding,
 )
-from lowcontext.ops.rotary import rotate_to
 
 TILE = 64
 # Numbers in the scores of one call (64 MiB).
@@ -277,16 +276,9 @@ class TokenSelect(Method):
             apart: from one query to the next.
         """
         Lq, Lk = q.shape[2], k.shape[2]
-        rotate = partial(rotate_to, inv_freq=rotary.inv_freq, interleaved=rotary.interleaved)
-        zero = torch.zeros((), dtype=torch.int64, device=k.device)
-
-        def make(first: int, end: int) -> tuple[Tensor]:
-            positions = torch.arange(first, end, device=k.device)
-            return (rotate(k[:, :, first:end], positions, zero),)
-
         new = self.local + apart * torch.arange(Lq, device=k.device)
-        queries = rotate(q.float(), torch.arange(Lk - Lq, Lk, device=k.device), new)
-        return queries, grown(layer.memory, "level", Lk, make)[0]
+        queries = rotary.move(q.float(), torch.arange(Lk - Lq, Lk, device=k.device), new)
+        return queries, search_keys(layer.memory, k, rotary, 0)
 
     def _index(
         self, tokens: Tokens, low: Tensor, Lk: int, block_size: tuple[int, int], span: int

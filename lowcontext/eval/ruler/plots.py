@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.plots import COLOURS, FAINT, INK, NO_DATA
+from lowcontext.eval.plots import COLOURS, FAINT, INK, NO_DATA, tokens
 from lowcontext.eval.records import RulerRow
 from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_ruler
 
@@ -211,8 +211,3 @@ def _wrapped(label: str) -> str:
     if len(settings) > LABEL_CHARS:
         settings = f"{settings[: LABEL_CHARS - 1]}…"
     return f"{name}\n{settings}" if bracket else name
-
-
-def tokens(length: int) -> str:
-    """A length as people write it: 16K, or 1000."""
-    return f"{length // 1024}K" if length % 1024 == 0 else str(length)

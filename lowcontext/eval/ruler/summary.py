@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 
 from lowcontext.eval.records import RulerRow
 from lowcontext.eval.scoring import paired_interval, wilson_interval
+from lowcontext.eval.summary import over_known
 
 ALL_TASKS = "all"
 BASELINE = "dense"
@@ -110,14 +111,9 @@ def _line(
         difference=fmean(gaps) if gaps and rows[0].method != BASELINE else None,
         difference_low=ends[0],
         difference_high=ends[1],
-        density=_over(fmean, [row.density for row in rows]),
-        density_decode=_over(fmean, [row.stats.get("density_decode") for row in rows]),
+        density=over_known(fmean, [row.density for row in rows]),
+        density_decode=over_known(fmean, [row.stats.get("density_decode") for row in rows]),
         ttft_s=median(row.ttft_s for row in rows),
-        tpot_s=_over(median, [row.tpot_s for row in rows]),
-        peak_mib=_over(max, [row.peak_mib for row in rows]),
+        tpot_s=over_known(median, [row.tpot_s for row in rows]),
+        peak_mib=over_known(max, [row.peak_mib for row in rows]),
     )
-
-
-def _over(average: Callable[[list[float]], float], values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return average(known) if known else None
