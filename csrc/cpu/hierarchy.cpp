@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../common/order.h"
 #include "../ops.h"
 #include "items.h"
 #include "launch.h"
@@ -30,9 +31,8 @@ int64_t halvings(int64_t x) {
 
 // Compares like (score, -index): of equal scores the lower index is the larger.
 uint64_t rank_of(float score, size_t index) {
-  const uint32_t bits = float_to_bits(score + 0.0f);  // -0 becomes 0
-  const uint32_t ordered = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-  return static_cast<uint64_t>(ordered) << 32 | (0xffffffffu - static_cast<uint32_t>(index));
+  const uint32_t last = 0xffffffffu - static_cast<uint32_t>(index);
+  return static_cast<uint64_t>(order_key(score)) << 32 | last;
 }
 
 // Scored rows that read one KV head: fp32 [count, row_floats] in Block::rows.

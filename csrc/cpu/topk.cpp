@@ -11,6 +11,7 @@
 #include <optional>
 #include <vector>
 
+#include "../common/order.h"
 #include "../common/votes.h"
 #include "../ops.h"
 #include "items.h"
@@ -54,15 +55,6 @@ Tensor soft_vote(const Tensor& scores, const Tensor& lse, int64_t heads) {
     kernels.vote(run);
   });
   return out;
-}
-
-// Unsigned keys in the order of the floats; -0 and +0 share one, and NaN is below everything.
-uint32_t order_key(float value) {
-  if (value != value) return 0;
-  value += 0.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 
 // The rank-th largest (1 <= rank <= n) of the keys. Digits of 11, 11 and 10 bits from the top.
