@@ -2,7 +2,8 @@
 
 python -m bench.kernels_report [--all] [--arch 90] [--json]
 
-Exits with 1 if a kernel spills registers or needs more shared memory than its architecture has.
+Exits with 1 if a kernel spills registers, needs more shared memory than its architecture has, or
+has wgmma instructions that the assembler serializes.
 Default: a handful of configurations in about a minute; `--all`: every tile size with every feature.
 """
 
@@ -124,7 +125,8 @@ def row(config: AnyConfig, launch: Launch, capability: int) -> dict[str, str | i
         "shared": resources.shared,
         "limit": SHARED_LIMIT[capability],
         "blocks": blocks_per_multiprocessor(resources, capability),
-        "products": "+".join(name for name, op in _INSTRUCTIONS.items() if op in resources.ptx),
+        "products": "+".join(name for name, op in _INSTRUCTIONS.items() if op in resources.ptx)
+        + (" serialized" if resources.serialized else ""),
     }
 
 
@@ -136,8 +138,9 @@ def blocks_per_multiprocessor(resources: Resources, capability: int) -> int:
 
 
 def failed(line: dict[str, str | int]) -> bool:
-    """Whether a kernel spills or does not fit."""
-    return int(line["spilled"]) > 0 or int(line["shared"]) > int(line["limit"])
+    """Whether a kernel spills, does not fit, or has matrix products that wait for each other."""
+    fits = int(line["spilled"]) == 0 and int(line["shared"]) <= int(line["limit"])
+    return not fits or str(line["products"]).endswith("serialized")
 
 
 @app.command()

@@ -54,6 +54,7 @@ def test_kernels_compile_without_spills_and_within_shared_memory(
     for line in lines:
         assert line["spilled"] == 0, line
         assert line["shared"] <= line["limit"], line
+        assert "serialized" not in line["products"], line
         if line["kernel"] == "prefill" and "bfloat16" in line["config"]:
             assert line["products"] == tensor_cores, line
         if line["kernel"] == "token_scores" and "float32" not in line["config"]:

@@ -271,6 +271,22 @@ def test_a_decode_step_split_over_programs_equals_the_reference(keys: str) -> No
     check(lse, same_lse, exact_lse, "lse")
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+@pytest.mark.parametrize("Lq", [2, 70])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_scale_that_is_not_positive_equals_the_reference(
+    scale: float, Lq: int, softcap: float | None
+) -> None:
+    q, k, v = draw(Case(Lq, 150, (16, 16)))
+    options = {"scale": scale, "softcap": softcap, "return_lse": True}
+    out, lse = attention(q, k, v, backend="triton", **options)
+    same, same_lse = attention(q, k, v, backend="reference", **options)
+    wide = q.double(), k.double(), v.double()
+    exact, exact_lse = attention(*wide, backend="reference", **options)
+    check(out, same, exact, "out")
+    check(lse, same_lse, exact_lse, "lse")
+
+
 def fenced(x: Tensor, at_end: bool) -> Tensor:
     """A copy of x whose first (or last) byte borders on a page that must not be touched."""
     page, size = mmap.PAGESIZE, x.numel() * x.element_size()

@@ -62,22 +62,25 @@ def _step(
     z' = a z + sum_j p_j      acc' = a acc + sum_j p_j v_j
     """
     k = _load_rows(k_rows, valid, MASKED, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * logit_scale  # [BLOCK_M, BLOCK_N]
+    s = tl.dot(q, tl.trans(k), input_precision="ieee")  # [BLOCK_M, BLOCK_N]
+    # The factor, above 0, goes into the exponent, where it takes part in an FMA.
+    factor = logit_scale
     if SOFTCAP:
         # tanh(y) = 1 - 2 / (e^2y + 1); logit_scale is 2 log2(e) scale / softcap, so 2^s = e^2y.
-        s = cap * (1.0 - 2.0 / (tl.exp2(s) + 1.0))
+        s = cap * (1.0 - 2.0 / (tl.exp2(s * logit_scale) + 1.0))
+        factor = 1.0
     if MASKED:
         visible = keys[None, :] <= positions[:, None]
         if WINDOW:
             visible = visible & (keys[None, :] > positions[:, None] - window)
         s = tl.where(visible, s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1))  # [BLOCK_M]
+    m_new = tl.maximum(m, tl.max(s, 1) * factor)  # [BLOCK_M]
     if MASKED:
         # A row that has seen no key yet has m = -inf: subtract 0, so that its p is 2^-inf = 0.
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
     else:
         base = m_new
-    p = tl.exp2(s - base[:, None])
+    p = tl.exp2(s * factor - base[:, None])
     alpha = tl.exp2(m - base)
     z = z * alpha + tl.sum(p, 1)
     acc = acc * alpha[:, None]
@@ -293,14 +296,16 @@ def prefill_kernel(
             whole = before * (BLOCK_K // BLOCK_N)
             whole_end = whole_end * (BLOCK_K // BLOCK_N)
         span = (low, high, Lk, window)
-        acc, m, z = _tiles(
-            q, acc, m, z, kv, starts, whole, whole_end, 0, 0, span, positions, logits,
-            False, DENSE, False, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
-        )
+        # The loop of the interior comes last: after it, ptxas would serialise the wgmma of both
+        # (C7515), so that tensor cores and softmax took turns.
         skip = whole_end - whole
         acc, m, z = _tiles(
             q, acc, m, z, kv, starts, first, last - skip, whole, skip, span, positions, logits,
             True, DENSE, WINDOW, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
+        )
+        acc, m, z = _tiles(
+            q, acc, m, z, kv, starts, whole, whole_end, 0, 0, span, positions, logits,
+            False, DENSE, False, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
         )
     if COLUMNS:
         column_counts_ptr += b * column_counts_b + index_head * column_counts_h

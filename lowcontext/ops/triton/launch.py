@@ -7,7 +7,7 @@ ahead of time on a machine without a GPU (`resources.py`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -129,6 +129,10 @@ def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
 
 def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches that compute the problem, and the (out, lse) that they fill."""
+    if problem.scale <= 0 and not problem.softcap:
+        # The kernels take the largest logit before they scale it.
+        q = -problem.q if problem.scale < 0 else torch.zeros_like(problem.q)
+        problem = replace(problem, q=q, scale=abs(problem.scale) or 1.0)
     q, index = problem.q, problem.index
     B, Hq, Lq, D = q.shape
     # Memory order [B, L, H, D]: the projection after attention then needs no copy.

@@ -41,6 +41,7 @@ class Resources:
         shared: bytes of shared memory per block.
         ptx: the PTX text.
         warps: warps per block.
+        serialized: whether the assembler makes each wgmma wait for the one before.
     """
 
     registers: int
@@ -48,6 +49,7 @@ class Resources:
     shared: int
     ptx: str
     warps: int
+    serialized: bool
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
@@ -69,6 +71,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         shared=compiled.metadata.shared,
         ptx=compiled.asm["ptx"],
         warps=launch.num_warps,
+        serialized=_serialized(compiled.asm["ptx"], capability),
     )
 
 
@@ -102,14 +105,34 @@ def _type(value: Tensor | int | float) -> tuple[str, bool]:
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        report = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    report = _run("cuobjdump", cubin, "-res-usage")
     usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
     if set(usage) != {"REG", "STACK", "LOCAL"}:
         raise RuntimeError(f"cuobjdump: expected REG, STACK and LOCAL, got {report!r}")
     return usage
+
+
+def _serialized(ptx: str, capability: int) -> bool:
+    """Whether ptxas says so: C7510 and its neighbours, "wgmma instructions are serialized"."""
+    if "wgmma.mma_async" not in ptx:
+        return False
+    report = _run(
+        "ptxas", ptx.encode(), "-v", f"--gpu-name=sm_{capability}a", "--output-file=/dev/null"
+    )
+    return "serialized" in report
+
+
+def _run(tool: str, given: bytes, *options: str) -> str:
+    """What one of triton's own tools writes about a file."""
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(given)
+        file.flush()
+        done = subprocess.run(
+            [path, *options, file.name],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=True,
+        )
+    return done.stdout
