@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
-from lowcontext.ops.triton import blocks, lines, scores, searches, select, window
+from lowcontext.ops.triton import blocks, lines, mass, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
 
 _HKV, _GROUP, _N = 8, 4, 65536
@@ -21,30 +21,33 @@ class ScoreConfig:
 
     Args:
         op: "tokens", "pages" (keys of chosen pages), "bounds", "vote" or "quantize".
-        dtype, D: of the keys.
+        dtype, D: of the keys; "uint8" is two channels of 4 bits.
         R: queries per head.
+        bits: of "quantize".
     """
 
     op: str
     dtype: str = "bfloat16"
     D: int = 128
     R: int = 1
+    bits: int = 8
 
     @property
     def name(self) -> str:
         """Short label."""
-        return f"scores {self.op} {self.dtype} D={self.D} R={self.R}"
+        last = f"bits={self.bits}" if self.op == "quantize" else f"R={self.R}"
+        return f"scores {self.op} {self.dtype} D={self.D} {last}"
 
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype, D = getattr(torch, self.dtype), self.D
         q = _empty(1, _HKV * _GROUP, self.R, D)
-        k = _empty(1, _HKV, _N, D, dtype=dtype)
-        scales = _empty(1, _HKV, _N) if dtype == torch.int8 else None
+        k = _empty(1, _HKV, _N, D // 2 if dtype == torch.uint8 else D, dtype=dtype)
+        scales = None if dtype.is_floating_point else _empty(1, _HKV, _N)
         if self.op == "bounds":
             return scores.plan_page_scores(q, _empty(1, _HKV, _N // 16, 2 * D, dtype=dtype))[0]
         if self.op == "quantize":
-            return scores.plan_quantize_keys(k)[0]
+            return scores.plan_quantize_keys(k, self.bits)[0]
         if self.op == "vote":
             return scores.plan_soft_vote(_empty(*q.shape[:3], _N), _empty(*q.shape[:3]), _HKV)[0]
         starts = _empty(1, _HKV, 512, dtype=torch.int32) if self.op == "pages" else None
@@ -135,6 +138,29 @@ class TopkConfig:
 
 
 @dataclass(frozen=True)
+class MassConfig:
+    """`votes.mass_mask` on 32 rows without memory.
+
+    Args:
+        N: entries of a row.
+        forced: whether some entries are forced.
+    """
+
+    N: int
+    forced: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return f"mass N={self.N}" + (" forced" if self.forced else "")
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        forced = _empty(8, self.N, dtype=torch.bool) if self.forced else None
+        return mass.plan_mass_mask(_empty(32, self.N), 2**29, forced)[0]
+
+
+@dataclass(frozen=True)
 class LinesConfig:
     """`vertical_slash.line_index` on masks without memory: 32 heads, 8192 queries, 64K keys.
 
@@ -195,7 +221,9 @@ class SearchConfig:
         return [*first, *searches.plan_stage(search, stages, 1, (counts, starts))[0]]
 
 
-AnyScoreConfig = SearchConfig | ScoreConfig | WindowConfig | BlockConfig | TopkConfig | LinesConfig
+AnyScoreConfig = (
+    SearchConfig | ScoreConfig | WindowConfig | BlockConfig | TopkConfig | MassConfig | LinesConfig
+)
 
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
@@ -204,7 +232,9 @@ REPRESENTATIVE = (
     ScoreConfig("pages", "int8"),
     ScoreConfig("bounds"),
     ScoreConfig("vote", "float32"),
+    ScoreConfig("tokens", "uint8"),
     ScoreConfig("quantize"),
+    ScoreConfig("quantize", bits=4),
     WindowConfig(),
     WindowConfig("float32"),
     BlockConfig("means"),
@@ -212,6 +242,8 @@ REPRESENTATIVE = (
     BlockConfig("antidiagonal", "float32"),
     TopkConfig(select.ROW),
     TopkConfig(2**20, limits=True),
+    MassConfig(mass.ROW, forced=True),
+    MassConfig(2**20),
     LinesConfig(dense_from=True),
     SearchConfig("tree"),
     SearchConfig("stages", "float32"),
@@ -220,14 +252,15 @@ REPRESENTATIVE = (
 
 def everything() -> Iterator[AnyScoreConfig]:
     """Every tile size with every kind of product."""
-    for dtype in ("bfloat16", "float16", "float32", "int8"):
+    for dtype in ("bfloat16", "float16", "float32", "int8", "uint8"):
         for D in (64, 80, 128, 256):
             for R in (1, 32):
                 for op in ("tokens", "pages", "bounds"):
-                    if (op, dtype) != ("bounds", "int8"):
+                    if op != "bounds" or not dtype.endswith("int8"):
                         yield ScoreConfig(op, dtype, D, R)
-            if dtype != "int8":
+            if not dtype.endswith("int8"):
                 yield ScoreConfig("quantize", dtype, D)
+                yield ScoreConfig("quantize", dtype, D, bits=4)
     yield ScoreConfig("vote", "float32")
     for D in (64, 80, 128, 256):
         for n in (1, 64, 128, 256):
@@ -247,6 +280,8 @@ def everything() -> Iterator[AnyScoreConfig]:
     for limits in (False, True):
         for N in (32, 1024, 4096, 8192, select.ROW, 2**20):
             yield TopkConfig(N, limits)
+        for N in (32, 1024, 4096, mass.ROW, 2**20):
+            yield MassConfig(N, forced=limits)
         yield LinesConfig(dense_from=limits)
 
 

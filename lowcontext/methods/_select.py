@@ -32,27 +32,15 @@ def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
     return keep[..., :N]
 
 
-def mass_mask(weights: Tensor, share: float, forced: Tensor | None = None) -> Tensor:
-    """Marks the largest entries of each row that together hold `share` of its sum.
+def on_device(values: Sequence[int], device: torch.device) -> Tensor:
+    """int64 tensor of numbers that the host knows.
 
-    Args:
-        weights: float [..., N], at least 0; -inf entries do not take part and are never marked.
-        share: above 0; from 1 on, every entry that takes part is marked.
-        forced: bool, broadcast to [..., N]; marked first, where they take part, and counted.
-
-    Returns:
-        bool [..., N]; ties go to the lower index.
+    A plain copy, and an index that is a list, would wait for all that a GPU has to do.
     """
-    part = weights > -torch.inf
-    if share >= 1:
-        return part
-    order = weights if forced is None else weights.masked_fill(forced & part, torch.inf)
-    places = order.sort(dim=-1, descending=True, stable=True).indices
-    mass = torch.where(part, weights, 0.0).gather(-1, places)
-    before = mass.cumsum(-1) - mass
-    wanted = before < share * mass.sum(-1, keepdim=True)
-    keep = torch.zeros_like(part).scatter_(-1, places, wanted)
-    return (keep if forced is None else keep | forced) & part
+    host = torch.tensor(values, dtype=torch.int64)
+    if device.type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, non_blocking=True)
 
 
 def diagonal_sums(slash: Tensor, block: int) -> Tensor:

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import diagonal_sums, mass_mask, top_k_mask
+from lowcontext.methods._select import diagonal_sums, top_k_mask
 from lowcontext.methods.base import LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import pooled_scores
 from lowcontext.ops.vertical_slash import last_window_scores
+from lowcontext.ops.votes import mass_mask
 
 # A part has at most this many (query block, key block) pairs over all heads, and this many queries.
 _PART_PAIRS = 2**24
@@ -134,7 +135,8 @@ class FlexPrefill(Method):
         n = torch.arange(first, first + Nq, device=q.device)[:, None]
         m = torch.arange(first + Nq, device=q.device)
         keep = columns[:, :, None, : first + Nq] | diagonals[..., (n - m).clamp(min=0)]
-        if bool(aware.any()):
+        # Reading it would make a GPU wait: there the pooled scores are made for nothing at times.
+        if q.device.type != "cpu" or bool(aware.any()):
             scores = pooled_scores(q, k, block=block, scale=layer.scale)
             weights = scores.masked_fill(m > n, -torch.inf).softmax(-1)
             keep = keep | (mass_mask(weights, self.gamma) & aware[:, :, None, None])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import mass_mask
 from lowcontext.methods.base import MAX_DECODE_QUERIES, LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import antidiagonal_scores
+from lowcontext.ops.votes import mass_mask
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class XAttention(Method):
         n = torch.arange(first, first + Nq, device=q.device)[:, None]
         m = torch.arange(scores.shape[3], device=q.device)
         forced = (m == 0) | (m >= n - -(-self.local // self.block))
-        keep = mass_mask(scores.masked_fill(m > n, -torch.inf), self.threshold, forced)
+        weights = scores.masked_fill(m > n, -torch.inf)
+        keep = mass_mask(weights, self.threshold, forced=forced)
         return BlockIndex.from_blocks(keep, (self.block, self.block))
 
     def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:

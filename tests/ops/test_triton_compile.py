@@ -22,6 +22,7 @@ KERNELS = {
     *("prefill", "decode", "combine", "token_scores", "lse", "soft_vote", "quantize"),
     *("window_lse", "window_sums", "slash", "block_means", "antidiagonal"),
     *("topk_row", "digits", "topk_counts", "topk_ids"),
+    *("mass_row", "mass_tops", "mass_digits", "mass_ties", "mass_keep"),
     *("line_counts", "line_lists", "line_tiles", "line_columns"),
     *("rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
 }

@@ -57,6 +57,31 @@ def exact_scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
     return scores.masked_fill(future, -torch.inf) if causal else scores
 
 
+def whole(k: Tensor) -> Tensor:
+    """fp64 integers of quantised keys, unpacked by arithmetic on their bytes."""
+    if k.dtype == torch.int8:
+        return k.double()
+    low, high = k.double() % 16, (k.double() / 16).floor()
+    both = torch.cat([low, high], dim=-1)
+    return torch.where(both < 8, both, both - 16)
+
+
+@pytest.mark.parametrize(("G", "R", "N", "D"), [(4, 1, 130, 64), (7, 3, 70, 22), (2, 2, 9, 256)])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_scores_of_quantised_keys_equal_fp64(G: int, R: int, N: int, D: int, bits: int) -> None:
+    q, k = poisoned(rand(2, 2 * G, R, D)), poisoned(rand(2, 2, N, D, seed=1))
+    small, scales = votes.quantize_keys(k, bits=bits, backend="reference")
+    options = {"scale": 0.3, "scales": scales}
+    ours = votes.token_scores(q, small, **options, backend="triton")
+    plain = votes.token_scores(q, small, **options, backend="reference")
+    rounded = votes._round_queries(q)
+    exact = exact_scores(rounded, whole(small) * scales.double()[..., None], 0.3, True)
+    for name, a, b, c in zip(
+        ("scores", "lse"), ours, plain, (exact, exact.logsumexp(-1)), strict=True
+    ):
+        check(a, b, c, name)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("G", "R", "N", "D", "causal"),
@@ -92,15 +117,16 @@ def test_every_bit_of_a_query_counts(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(("batches", "heads"), [(1, 1), (2, 2)])
-@pytest.mark.parametrize("quantised", [False, True])
+@pytest.mark.parametrize("bits", [None, 8, 4])
 def test_scores_of_pages_equal_the_scores_of_their_keys(
-    batches: int, heads: int, quantised: bool
+    batches: int, heads: int, bits: int | None
 ) -> None:
     G, width, N = 3, 24, 200
     q, k = rand(2, 2 * G, 2, 32).to(DEVICE), poisoned(rand(2, 2, N, 32, seed=1))
-    scales = None
-    if quantised:
-        k, scales = votes.quantize_keys(k, backend="reference")
+    wide, scales = k.double(), None
+    if bits is not None:
+        k, scales = votes.quantize_keys(k, bits=bits, backend="reference")
+        wide = whole(k) * scales.double()[..., None]
     gen = torch.Generator().manual_seed(2)
     starts = torch.randint(0, N - width + 1, (batches, heads, 9, 2), generator=gen)
     starts = starts.to(DEVICE, torch.int32)[..., 0]  # stride 2
@@ -109,7 +135,6 @@ def test_scores_of_pages_equal_the_scores_of_their_keys(
     plain, plain_lse = votes.token_scores(q, k, **options, backend="reference")
     keys = (starts[..., None] + torch.arange(width, device=DEVICE)).flatten(2).long()
     keys = keys.expand(2, 2, -1).repeat_interleave(G, 1)[:, :, None].expand(-1, -1, 2, -1)
-    wide = k.double() if scales is None else k.double() * scales.double()[..., None]
     exact = exact_scores(q, wide, 1.0, False).gather(3, keys)
     check(scores, plain, exact, "scores")
     check(lse, plain_lse, exact.logsumexp(-1), "lse")
@@ -152,13 +177,17 @@ def test_votes_sum_probabilities_over_the_heads_of_a_list(heads: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("N", "D"), [(130, 40), (1, 256), (70, 64)])
-def test_quantised_keys_are_those_of_the_reference(dtype: torch.dtype, N: int, D: int) -> None:
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_keys_are_those_of_the_reference(
+    dtype: torch.dtype, N: int, D: int, bits: int
+) -> None:
     k = rand(2, 3, N, D)
     k[:, 1, N // 2] = 0
-    k[:, 2, N // 2] = (torch.arange(D) % 21 - 10) / 2.0  # halves: ties of the rounding
-    k[:, 2, N // 2, 0] = 63.5
-    ours = votes.quantize_keys(poisoned(k, dtype), backend="triton")
-    plain = votes.quantize_keys(poisoned(k, dtype), backend="reference")
+    # Halves are ties of the rounding where the largest is the number of levels.
+    k[:, 2, N // 2] = (torch.arange(D) % 13 - 6) / 2.0
+    k[:, 2, N // 2, 0] = 127.0 if bits == 8 else 7.0
+    ours = votes.quantize_keys(poisoned(k, dtype), bits=bits, backend="triton")
+    plain = votes.quantize_keys(poisoned(k, dtype), bits=bits, backend="reference")
     for a, b in zip(ours, plain, strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
@@ -187,6 +216,7 @@ def test_the_fake_vote_ops_agree_with_the_real_ones() -> None:
     calls = [
         (ops.token_scores, (q, k, None, None, 1, 1.0, True)),
         (ops.token_scores, (q, small, scales, starts, 8, 1.0, False)),
+        (ops.token_scores, (q, small[..., :8].view(torch.uint8), scales, None, 1, 1.0, True)),
         (ops.soft_vote, (zeros, zeros[..., 0].clone(), 2)),
         (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE))),
         (ops.quantize_keys, (k.transpose(1, 2).contiguous().transpose(1, 2), 8)),

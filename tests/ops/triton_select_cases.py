@@ -13,7 +13,7 @@ from lowcontext.index import BlockIndex
 from lowcontext.ops import votes
 from lowcontext.ops.hierarchy import SearchOptions, StageOptions, TreeOptions, hip_stages, hip_tree
 from lowcontext.ops.hierarchy import triton as search_kernels
-from lowcontext.ops.triton import select
+from lowcontext.ops.triton import mass, select
 from lowcontext.ops.vertical_slash import line_index
 from lowcontext.ops.vertical_slash import triton as line_kernels
 from lowcontext.ops.votes import triton as vote_kernels
@@ -94,6 +94,67 @@ def test_topk_traces_into_one_graph_with_its_fake() -> None:
         assert torch.equal(a, b)
     op = torch.ops.lowcontext_triton.topk.default
     for args in ((x, 9, limits), (x, 200, None), (x, 0, None)):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def weights_of(kind: str, N: int) -> Tensor:
+    """fp32 [6, N] on the device: rows of every kind in one call."""
+    gen = torch.Generator().manual_seed(N)
+    x = torch.rand(6, N, generator=gen)
+    if kind == "ties":
+        x = (4 * x).floor() / 4
+    elif kind == "steep":
+        x = torch.exp(-60.0 * x)  # many entries below a unit of mass
+        x[0] *= 2.0**-126  # subnormal, some of them 0
+    elif kind == "few":
+        x = x.masked_fill(torch.rand(x.shape, generator=gen) < 0.8, -torch.inf)
+        x[0, ::3] = torch.nan
+        x[1] = -torch.inf
+        x[2] = 0.0
+        x[3, ::2] = -0.0
+        x[4] = torch.where(torch.arange(N) % 7 == 3, 0.125, -1.0)
+        x[5, :2] = torch.inf
+    return x.to(DEVICE)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "ties", "steep", "few"])
+@pytest.mark.parametrize(
+    ("N", "long"), [(1, False), (33, False), (700, False), (65, True), (700, True)]
+)
+def test_mass_masks_equal_the_reference(
+    N: int, long: bool, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if long and DEVICE == "cpu":
+        monkeypatch.setattr(mass, "ROW", 64)
+        monkeypatch.setattr(mass, "CHUNK", 64 if N < 700 else 256)
+    x = weights_of(kind, N if DEVICE == "cpu" or not long else 100 * N)
+    forced = torch.rand(2, x.shape[1], generator=torch.Generator().manual_seed(9)) < 0.1
+    forced = forced.to(DEVICE).t().contiguous().t()  # heads vary faster than keys
+    weights = x.view(3, 2, -1)
+    calls = [(0.9, forced), (0.5, None), (0.25, forced[0]), (1e-9, None), (1 - 2**-30, forced)]
+    for share, flags in calls[: 2 if long else None]:
+        ours = votes.mass_mask(weights, share, forced=flags, backend="triton")
+        plain = votes.mass_mask(weights, share, forced=flags, backend="reference")
+        assert torch.equal(ours, plain), share
+
+
+def test_a_mass_mask_of_a_row_longer_than_a_program_holds_equals_the_reference() -> None:
+    x = weights_of("ties", 20000)[1::2, 3:]  # rows that lie apart, at an odd address
+    ours = votes.mass_mask(x, 0.6, backend="triton")
+    assert torch.equal(ours, votes.mass_mask(x, 0.6, backend="reference"))
+
+
+def test_mass_masks_trace_into_one_graph_with_their_fake() -> None:
+    x = weights_of("uniform", 100)
+    forced = torch.zeros(2, 100, dtype=torch.bool, device=DEVICE)
+
+    def marked(x: Tensor) -> Tensor:
+        return vote_kernels.mass_mask(x, 2**29, forced)
+
+    compiled = torch.compile(marked, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x), marked(x))
+    op = torch.ops.lowcontext_triton.mass_mask.default
+    for args in ((x, 2**29, forced), (x[:, :0], 1, None)):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from lowcontext.ops.triton.attend import _load_rows
+from lowcontext.ops.triton.scores import add_product
 
 # fmt: off
 UNSPECIALIZED = [
@@ -49,32 +50,6 @@ def _representative(left, right, WHICH: tl.constexpr):
 
 
 @triton.jit
-def _product(k, q, s, PRODUCTS: tl.constexpr):
-    """s + k q^T with the products of fp32, as in `scores.py`: k [N, BLOCK_D], q fp32 [M, BLOCK_D].
-
-    Keys are the left operand, which the warps share out by rows: of the three parts of 16 queries
-    each warp would hold all.
-    """
-    if PRODUCTS == "ieee":
-        s = tl.dot(k.to(tl.float32), tl.trans(q), s, input_precision="ieee")
-    else:
-        high = q.to(tl.bfloat16).to(tl.float32)
-        middle = (q - high).to(tl.bfloat16).to(tl.float32)
-        low = q - high - middle
-        if PRODUCTS == "bf16":
-            keys = k.to(tl.bfloat16)  # [N, BLOCK_D]
-            s = tl.dot(keys, tl.trans(low.to(tl.bfloat16)), s)
-            s = tl.dot(keys, tl.trans(middle.to(tl.bfloat16)), s)
-            s = tl.dot(keys, tl.trans(high.to(tl.bfloat16)), s)
-        else:
-            keys = k.to(tl.float32)  # [N, BLOCK_D]
-            s = tl.dot(keys, tl.trans(low), s, input_precision="tf32")
-            s = tl.dot(keys, tl.trans(middle), s, input_precision="tf32")
-            s = tl.dot(keys, tl.trans(high), s, input_precision="tf32")
-    return s
-
-
-@triton.jit
 def _best(
     rows_ptr, R, k_rows, valid,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -89,7 +64,7 @@ def _best(
         for d in tl.static_range(0, D, BLOCK_D):
             k = _load_rows(k_rows + d, valid, True, D - d, BLOCK_D)  # [BLOCK_N, BLOCK_D]
             q = _load_rows(rows_ptr + r * D + d, r >= 0, True, D - d, BLOCK_D)
-            s = _product(k, q, s, PRODUCTS)  # [BLOCK_N, BLOCK_M]
+            s = add_product(q, k, s, PRODUCTS, True)  # [BLOCK_N, BLOCK_M]
         best = tl.maximum(best, tl.max(s, 1))
     return best
 

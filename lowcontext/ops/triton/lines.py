@@ -11,7 +11,10 @@ walks for one query block; LANES blocks of a head walk together. The columns of 
 chosen keys before its last `reach` that no tile holds: a binary search over its starts for each.
 
 Masks become ids and running maxima in two passes of one program per chunk: the first leaves what a
-chunk holds, the second adds up the chunks before its own and writes.
+chunk holds, the second adds up the chunks before its own and writes. That moves 12 bytes per key
+and head: both masks twice, and two int32 numbers. A prompt of 1M tokens and 32 heads in 128 parts
+does it for half of the keys on average, 26 GB in all, 5 ms at 4.8 TB/s; once for all parts would
+save that, and need a third op and 256 MiB that live as long as the prompt.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.int32: "*i32",
+    torch.int64: "*i64",
     torch.int8: "*i8",
     torch.uint8: "*u8",
 }

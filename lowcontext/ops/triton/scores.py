@@ -11,9 +11,9 @@ joins them, so no sum depends on the order in which programs run.
 Precision. Queries are fp32, and a selection must not depend on the backend, so the products are
 those of fp32. FMA gives them ("ieee"), but 16 rows of D = 128 take 2048 FMA per key of 256 bytes:
 at 4.8 TB/s that is 77 TFLOP/s, more than an H200 has. So for narrow keys q is split into three bf16
-numbers of 8 bits each, which together hold its 24 bits. Keys in bf16 and int8 are exact in bf16,
-keys in fp16 (11 bits) in tf32; each of the three products is then exact in a tensor core, and all
-that is rounded is the fp32 sum. fp32 keys take FMA: "tf32x3" keeps 22 of their 24 bits.
+numbers of 8 bits each, which together hold its 24 bits. Keys in bf16, 8 and 4 bits are exact in
+bf16, keys in fp16 (11 bits) in tf32; each of the three products is then exact in a tensor core, and
+all that is rounded is the fp32 sum. fp32 keys take FMA: "tf32x3" keeps 22 of their 24 bits.
 """
 
 from __future__ import annotations
@@ -37,25 +37,39 @@ UNSPECIALIZED = [
 
 
 @triton.jit
-def _product(q, k, acc, PRODUCTS: tl.constexpr):
-    """acc + q k^T with the products of fp32: q fp32 [M, BLOCK_D], k [N, BLOCK_D]."""
+def _add(q, k, s, PRECISION: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """s + q k^T, or s + k q^T, for q [M, BLOCK_D], k [N, BLOCK_D]."""
+    if KEYS_FIRST:
+        s = tl.dot(k, tl.trans(q), s, input_precision=PRECISION)  # [N, M]
+    else:
+        s = tl.dot(q, tl.trans(k), s, input_precision=PRECISION)  # [M, N]
+    return s
+
+
+@triton.jit
+def add_product(q, k, s, PRODUCTS: tl.constexpr, KEYS_FIRST: tl.constexpr = False):
+    """s + q k^T, or s + k q^T, with the products of fp32: q fp32 [M, BLOCK_D], k [N, BLOCK_D].
+
+    Warps share out the rows of the left operand: with few queries each warp would hold the three
+    parts of all of them, unless the keys come first.
+    """
     if PRODUCTS == "ieee":
-        acc = tl.dot(q, tl.trans(k.to(tl.float32)), acc, input_precision="ieee")
+        s = _add(q, k.to(tl.float32), s, "ieee", KEYS_FIRST)
     else:
         high = q.to(tl.bfloat16).to(tl.float32)
         middle = (q - high).to(tl.bfloat16).to(tl.float32)
         low = q - high - middle
         if PRODUCTS == "bf16":
-            keys = tl.trans(k.to(tl.bfloat16))  # [BLOCK_D, N]
-            acc = tl.dot(low.to(tl.bfloat16), keys, acc)
-            acc = tl.dot(middle.to(tl.bfloat16), keys, acc)
-            acc = tl.dot(high.to(tl.bfloat16), keys, acc)
+            keys = k.to(tl.bfloat16)
+            s = _add(low.to(tl.bfloat16), keys, s, "tf32", KEYS_FIRST)
+            s = _add(middle.to(tl.bfloat16), keys, s, "tf32", KEYS_FIRST)
+            s = _add(high.to(tl.bfloat16), keys, s, "tf32", KEYS_FIRST)
         else:
-            keys = tl.trans(k.to(tl.float32))  # [BLOCK_D, N]
-            acc = tl.dot(low, keys, acc, input_precision="tf32")
-            acc = tl.dot(middle, keys, acc, input_precision="tf32")
-            acc = tl.dot(high, keys, acc, input_precision="tf32")
-    return acc
+            keys = k.to(tl.float32)
+            s = _add(low, keys, s, "tf32", KEYS_FIRST)
+            s = _add(middle, keys, s, "tf32", KEYS_FIRST)
+            s = _add(high, keys, s, "tf32", KEYS_FIRST)
+    return s
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -65,13 +79,14 @@ def token_scores_kernel(
     stride_sb, stride_sh, stride_sn, starts_b, starts_h, starts_m,
     Hkv, group, R, N, count, width, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRODUCTS: tl.constexpr, BOUNDS: tl.constexpr, CAUSAL: tl.constexpr,
+    PRODUCTS: tl.constexpr, BOUNDS: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
 ):
     """Scores of BLOCK_N of the N entries for all group * R rows of a KV head, and their LSE.
 
     Grid (tiles * Hkv, B). Entries are the keys, or with `starts_ptr` the keys of its pages, `width`
-    each. With BOUNDS an entry has 2 * D numbers: its minima, then its maxima. Scores are
-    [B, Hkv, group * R, N], LSEs [B, Hkv, tiles, group * R].
+    each. With BOUNDS an entry has 2 * D numbers: its minima, then its maxima. With PACKED queries
+    have 2 * D channels, and byte i of an entry holds channels i and i + D, the first in the low
+    bits. Scores are [B, Hkv, group * R, N], LSEs [B, Hkv, tiles, group * R].
     """
     tiles = tl.num_programs(0) // Hkv
     tile = tl.program_id(0) % tiles
@@ -89,6 +104,10 @@ def token_scores_kernel(
     k = _load_rows(k_rows, valid, True, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
     if BOUNDS:
         high = _load_rows(k_rows + D, valid, True, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
+    if PACKED:
+        byte = k.to(tl.int32)
+        k = ((byte & 15) ^ 8) - 8
+        high = ((byte >> 4) ^ 8) - 8  # [BLOCK_N, BLOCK_D]
     if scales_ptr is not None:
         scales_ptr += b * stride_sb + kv_head * stride_sh
         factor = tl.load(scales_ptr + keys * stride_sn, mask=valid, other=0.0)  # [BLOCK_N]
@@ -102,10 +121,13 @@ def token_scores_kernel(
         q = _load_rows(q_rows, present, True, D, BLOCK_D) * scale  # [BLOCK_M, BLOCK_D]
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if BOUNDS:
-            s = _product(tl.minimum(q, 0.0), k, s, PRODUCTS)
-            s = _product(tl.maximum(q, 0.0), high, s, PRODUCTS)
+            s = add_product(tl.minimum(q, 0.0), k, s, PRODUCTS)
+            s = add_product(tl.maximum(q, 0.0), high, s, PRODUCTS)
         else:
-            s = _product(q, k, s, PRODUCTS)
+            s = add_product(q, k, s, PRODUCTS)
+        if PACKED:
+            q = _load_rows(q_rows + D, present, True, D, BLOCK_D) * scale  # [BLOCK_M, BLOCK_D]
+            s = add_product(q, high, s, PRODUCTS)
         if scales_ptr is not None:
             s *= factor[None, :]
         visible = valid[None, :]
@@ -178,15 +200,23 @@ def soft_vote_kernel(scores_ptr, lse_ptr, out_ptr, Hq, heads, R, N, BLOCK_N: tl.
     tl.store(out, tl.where(seen, votes, float("-inf")), mask=i < N)
 
 
+@triton.jit
+def _rounded(k, factor):
+    """k [BLOCK_N, BLOCK_D] * factor [BLOCK_N], rounded to even."""
+    # 1.5 * 2^23: a sum with it has no bits below 1, so the adder rounds, ties to even.
+    return (k * factor[:, None] + 12582912.0 - 12582912.0).to(tl.int32)
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_kernel(
     k_ptr, out_ptr, scales_ptr, stride_kb, stride_kh, stride_kn, Hkv, N,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PACKED: tl.constexpr,
 ):
-    """scales = max_d |k_d| / 127, out = k * (127 / max_d |k_d|) rounded to even.
+    """scales = max_d |k_d| / n, out = k * (n / max_d |k_d|) rounded to even.
 
-    Grid (blocks of keys * Hkv, B). Compiled without contraction to FMA, which would skip the
-    rounding of the product.
+    n is 127, or with PACKED 7 for keys of 2 * D channels, of which byte i holds i and i + D. Grid
+    (blocks of keys * Hkv, B). Compiled without contraction to FMA, which would skip the rounding of
+    the product.
     """
     blocks = tl.cdiv(N, BLOCK_N)
     h = (tl.program_id(0) // blocks).to(tl.int64)
@@ -195,21 +225,26 @@ def quantize_kernel(
     k_rows = k_ptr + b * stride_kb + h * stride_kh + keys.to(tl.int64) * stride_kn
     k = _load_rows(k_rows, keys < N, True, D, BLOCK_D).to(tl.float32)  # [BLOCK_N, BLOCK_D]
     largest = tl.max(tl.abs(k), 1)  # [BLOCK_N]
-    steps = tl.full([BLOCK_N], 127.0, tl.float32)
+    if PACKED:
+        high = _load_rows(k_rows + D, keys < N, True, D, BLOCK_D).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(high), 1))
+    steps = tl.full([BLOCK_N], 7.0 if PACKED else 127.0, tl.float32)
     nonzero = tl.where(largest > 0.0, largest, 1.0)
     factor = tl.where(largest > 0.0, tl.div_rn(steps, nonzero), 0.0)
-    # 1.5 * 2^23: a sum with it has no bits below 1, so the adder rounds, ties to even.
-    rounded = k * factor[:, None] + 12582912.0 - 12582912.0
+    out = _rounded(k, factor)
+    if PACKED:
+        out = (out & 15) | (_rounded(high, factor) << 4)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     row = (b * Hkv + h) * N + keys
     stored = (keys < N)[:, None] & (d < D)[None, :]
-    tl.store(out_ptr + (row * D)[:, None] + d[None, :], rounded.to(tl.int8), mask=stored)
+    place = out_ptr + (row * D)[:, None] + d[None, :]
+    tl.store(place, out.to(out_ptr.dtype.element_ty), mask=stored)
     tl.store(scales_ptr + row, tl.div_rn(largest, steps), mask=keys < N)
 # fmt: on
 
 
 def products(dtype: torch.dtype) -> str:
-    """How `_product` multiplies fp32 queries with keys of this type; see the module's text."""
+    """How `add_product` multiplies fp32 queries with keys of this type; see the module's text."""
     if dtype == torch.float32:
         return "ieee"
     # The interpreter's tl.dot multiplies the bits of bf16 as integers: it gets the same parts in
@@ -286,10 +321,11 @@ def plan_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> tuple[list[Launch
     return [Launch(soft_vote_kernel, (triton.cdiv(N, 1024) * heads * R, B), args, 4, 1)], votes
 
 
-def plan_quantize_keys(k: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
+def plan_quantize_keys(k: Tensor, bits: int) -> tuple[list[Launch], Tensor, Tensor]:
     """The launch of `votes.quantize_keys`, and the (keys, scales) that it fills."""
     B, Hkv, N, D = k.shape
-    small = torch.empty(k.shape, dtype=torch.int8, device=k.device)
+    D, dtype = (D // 2, torch.uint8) if bits == 4 else (D, torch.int8)
+    small = torch.empty((B, Hkv, N, D), dtype=dtype, device=k.device)
     scales = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
     if small.numel() == 0:
         return [], small, scales.zero_()
@@ -297,7 +333,7 @@ def plan_quantize_keys(k: Tensor) -> tuple[list[Launch], Tensor, Tensor]:
     block_n = max(1, 8192 // block_d)
     args = {"k_ptr": k, "out_ptr": small, "scales_ptr": scales, "Hkv": Hkv, "N": N}
     args |= zip(("stride_kb", "stride_kh", "stride_kn"), k.stride(), strict=False)
-    args |= {"D": D, "BLOCK_D": block_d, "BLOCK_N": block_n}
+    args |= {"D": D, "BLOCK_D": block_d, "BLOCK_N": block_n, "PACKED": bits == 4}
     grid = (triton.cdiv(N, block_n) * Hkv, B)
     return [Launch(quantize_kernel, grid, args, 4, 1, enable_fp_fusion=False)], small, scales
 
@@ -323,6 +359,7 @@ def _score_launch(q: Tensor, k: Tensor, scores: Tensor, scale: float) -> Launch:
     group = Hq // Hkv
     kind = products(k.dtype)
     block_m, block_n = score_tiles(D, kind, group * R)
+    D = D // 2 if k.dtype == torch.uint8 else D
     args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "out_ptr": scores}
     args |= zip(("stride_qb", "stride_qh", "stride_qr"), q.stride(), strict=False)
     args |= zip(("stride_kb", "stride_kh", "stride_kn"), k.stride(), strict=False)
@@ -343,6 +380,7 @@ def _score_launch(q: Tensor, k: Tensor, scores: Tensor, scale: float) -> Launch:
         "BLOCK_N": block_n,
         "PRODUCTS": kind,
         "BOUNDS": False,
+        "PACKED": k.dtype == torch.uint8,
         "CAUSAL": False,
     }
     grid = (triton.cdiv(N, block_n) * Hkv, B)

@@ -34,7 +34,7 @@ UNSPECIALIZED = ["N", "k", "chunks", "stride"]
 
 
 @triton.jit
-def _order(x):
+def order_of(x):
     """int32 in the order of the floats x. -0 equals 0; -inf and NaN are -2^31, below all."""
     bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits == -2147483648, 0, bits)
@@ -45,17 +45,17 @@ def _order(x):
 
 
 @triton.jit
-def kth_largest(order, k):
-    """The k-th largest of `order` [BLOCK], -2^31 if there are fewer above it; 2^31 - 1 for k = 0.
+def reaching(order, mass, target):
+    """The largest T with sum of `mass` [BLOCK] over {order >= T} >= target, from the top bit down.
 
-    The largest T with #{order >= T} >= k, from the top bit down.
+    -2^31 if all of them hold less than the target; 2^31 - 1 for a target of 0.
     """
     one = tl.full([], 1, tl.int32)
     t = tl.full([], -2147483648, tl.int32)
     for i in range(32):
         candidate = t ^ (one << (31 - i))
-        count = tl.sum((order >= candidate).to(tl.int32), 0)
-        t = tl.where(count >= k, candidate, t)
+        held = tl.sum(tl.where(order >= candidate, mass, 0), 0)
+        t = tl.where(held >= target, candidate, t)
     return t
 
 
@@ -85,9 +85,9 @@ def topk_row_kernel(
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)  # [BLOCK]
     x = tl.load(scores_ptr + row * stride + i, mask=i < N, other=float("-inf"))  # [BLOCK]
-    order = _order(x)
+    order = order_of(x)
     most = _most(limits_ptr, row, k)
-    t = kth_largest(order, most)
+    t = reaching(order, 1, most)  # the k-th largest
     room = most - tl.sum((order > t).to(tl.int32), 0)
     keep = kept(order, t, room, 0)
     rank = tl.cumsum(keep.to(tl.int32), 0)  # [BLOCK]
@@ -99,18 +99,22 @@ def topk_row_kernel(
 
 
 @triton.jit
-def _threshold(digits_ptr, row, most, PASSES: tl.constexpr):
-    """(prefix, rank): the first PASSES digits of T, and T's rank among entries that share them."""
-    digit = tl.arange(0, 256)
+def threshold(digits_ptr, row, most, PASSES: tl.constexpr, BITS: tl.constexpr):
+    """The first PASSES digits of T, and what of `most` is left to entries that share them.
+
+    T is the largest t such that the sums [rows, 32 / BITS, 2^BITS] over {order >= t} reach `most`.
+    """
+    WIDTH: tl.constexpr = 1 << BITS
+    digit = tl.arange(0, WIDTH)
     prefix = tl.full([], 0, tl.int32)
     for p in tl.static_range(PASSES):
-        count = tl.load(digits_ptr + (row * 4 + p) * 256 + digit)  # [256]
-        at_least = tl.sum(count, 0) - tl.cumsum(count, 0) + count  # [256], falling
+        held = tl.load(digits_ptr + (row * (32 // BITS) + p) * WIDTH + digit)  # [WIDTH]
+        at_least = tl.sum(held, 0) - tl.cumsum(held, 0) + held  # [WIDTH], falling
         chosen = tl.sum((at_least >= most).to(tl.int32), 0) - 1
         most -= tl.sum(tl.where(digit == chosen + 1, at_least, 0), 0)
         # The top digit is signed.
-        value = chosen - 128 if p == 0 else chosen
-        prefix |= value << (24 - 8 * p)
+        value = chosen - WIDTH // 2 if p == 0 else chosen
+        prefix |= value << (32 - BITS * (p + 1))
     return prefix, most
 
 
@@ -121,7 +125,7 @@ def _chunk(scores_ptr, stride, N, chunks, CHUNK: tl.constexpr):
     chunk = tl.program_id(0) % chunks
     i = chunk * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
     x = tl.load(scores_ptr + row * stride + i, mask=i < N, other=float("-inf"))  # [CHUNK]
-    return row, chunk, i, _order(x)
+    return row, chunk, i, order_of(x)
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -139,7 +143,7 @@ def digits_kernel(
     if PASS == 0:
         value = (order >> 24) + 128
     else:
-        prefix, _ = _threshold(digits_ptr, row, _most(limits_ptr, row, k), PASS)
+        prefix, _ = threshold(digits_ptr, row, _most(limits_ptr, row, k), PASS, 8)
         exists = exists & ((order >> (SHIFT + 8)) == (prefix >> (SHIFT + 8)))
         value = (order >> SHIFT) & 255
     count = tl.histogram(value, 256, mask=exists)  # [256]
@@ -157,7 +161,7 @@ def topk_counts_kernel(
     Grid (rows * chunks, 1).
     """
     row, chunk, _, order = _chunk(scores_ptr, stride, N, chunks, CHUNK)
-    t, _ = _threshold(digits_ptr, row, _most(limits_ptr, row, k), 4)
+    t, _ = threshold(digits_ptr, row, _most(limits_ptr, row, k), 4, 8)
     ties = (order == t) & (t > -2147483648)
     tl.store(above_ptr + row * chunks + chunk, tl.sum((order > t).to(tl.int32), 0))
     tl.store(ties_ptr + row * chunks + chunk, tl.sum(ties.to(tl.int32), 0))
@@ -183,7 +187,7 @@ def topk_ids_kernel(
     Grid (rows * chunks, 1).
     """
     row, chunk, i, order = _chunk(scores_ptr, stride, N, chunks, CHUNK)
-    t, room = _threshold(digits_ptr, row, _most(limits_ptr, row, k), 4)
+    t, room = threshold(digits_ptr, row, _most(limits_ptr, row, k), 4, 8)
     ties_before = sum_before(ties_ptr + row * chunks, chunk)
     before = sum_before(above_ptr + row * chunks, chunk) + tl.minimum(ties_before, room)
     keep = kept(order, t, room, ties_before)

@@ -1,4 +1,4 @@
-"""Scores of single keys and of pages, soft votes of the heads, and top-k lists.
+"""Scores of single keys and of pages, soft votes of the heads, top-k lists and top-p masks.
 
 The steps of selection in decode, each a pure function: tensors in, tensors out, no host
 synchronisation, no shape that depends on data. All arithmetic is fp32.
@@ -16,10 +16,20 @@ from torch import Tensor
 from lowcontext.ops import _dispatch
 from lowcontext.ops.votes import native, reference, triton
 
-__all__ = ["page_bounds", "page_scores", "quantize_keys", "soft_vote", "token_scores", "topk"]
+__all__ = [
+    "mass_mask",
+    "page_bounds",
+    "page_scores",
+    "quantize_keys",
+    "soft_vote",
+    "token_scores",
+    "topk",
+]
 
 BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
+# Entries of a row whose masses, below 2^40 each, sum up in 64 bits.
+_MAX_MASSES = 2**23
 _KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -172,6 +182,62 @@ def topk(
     flat = scores.reshape(-1, scores.shape[-1])
     ids, counts = _dispatch.implementation(BACKENDS, "topk", backend, scores)(flat, k, limits)
     return ids.view(*rows, ids.shape[-1]), counts.view(rows)
+
+
+def mass_mask(
+    weights: Tensor, share: float, *, forced: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """Marks the largest entries of each row that together hold `share` of its mass (top-p).
+
+    Entries are taken in falling order, of equal ones the lower index first, while the mass before
+    them is below `share` of the row's. Masses are integers in units of 2^-40 to 2^-39 of the
+    largest entry, rounded down, and the share one in units of 2^-30: their sums are exact, so that
+    every backend marks the same entries, also where the share is met exactly. An entry below a unit
+    has no mass.
+
+    Args:
+        weights: fp32 [..., N], N at most 2^23; entries below 0, -inf among them, and NaN take no
+            part and are never marked.
+        share: above 0; from 1 on, every entry that takes part is marked.
+        forced: bool [N] or [R, N] for weights [..., R, N]; taken first, where they take part.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        bool [..., N].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+
+    Example:
+        >>> import torch
+        >>> mass_mask(torch.tensor([0.5, 0.1, 0.25, 0.15]), 0.75)
+        tensor([ True, False,  True, False])
+    """
+    if not isinstance(weights, Tensor) or weights.dtype != torch.float32:
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"weights: expected an fp32 tensor, got {got}")
+    N = weights.shape[-1] if weights.dim() else 0
+    if not weights.dim() or N > _MAX_MASSES:
+        raise ValueError(
+            f"weights: expected shape [..., N <= {_MAX_MASSES}], got {list(weights.shape)}"
+        )
+    if not share > 0:
+        raise ValueError(f"share: expected more than 0, got {share}")
+    if forced is not None:
+        if forced.dtype != torch.bool:
+            raise TypeError(f"forced: expected a bool tensor, got {forced.dtype}")
+        if forced.shape not in (weights.shape[-1:], weights.shape[-2:]):
+            raise ValueError(
+                f"forced: expected shape {list(weights.shape[-1:])} or "
+                f"{list(weights.shape[-2:])}, got {list(forced.shape)}"
+            )
+        forced = forced[None] if forced.dim() == 1 else forced
+    if share >= 1:
+        return weights >= 0
+    units = max(1, round(share * 2**30))
+    run = _dispatch.implementation(BACKENDS, "mass_mask", backend, weights)
+    flat = weights.reshape(weights.shape[:-1].numel(), N)
+    return run(flat, units, forced).view(weights.shape)
 
 
 def page_bounds(k: Tensor, page: int) -> Tensor:

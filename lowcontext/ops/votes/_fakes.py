@@ -32,6 +32,11 @@ def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]
     return ids, scores.new_empty((rows,), dtype=torch.int32)
 
 
+def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
+    """Shapes of `lowcontext.ops.votes.mass_mask`."""
+    return weights.new_empty(weights.shape, dtype=torch.bool)
+
+
 def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     """Shapes of `lowcontext.ops.votes.page_scores`."""
     return q.new_empty(*q.shape[:3], bounds.shape[2])

@@ -22,6 +22,8 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8
 
 def supports(op: str, like: Tensor) -> str | None:
     """None if the kernels take tensors like this one, else the reason they do not."""
+    if op == "mass_mask":
+        return "it does not have this op"
     if like.device.type != "cpu":
         return f"its kernels run on the CPU, the tensor is on {like.device.type}"
     if like.dtype not in _DTYPES:

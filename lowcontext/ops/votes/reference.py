@@ -82,6 +82,32 @@ def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]
     return torch.where(listed, ids, 0), counts
 
 
+def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
+    """See `lowcontext.ops.votes.mass_mask`; weights [rows, N], forced [R, N], share in 2^-30."""
+    N = weights.shape[-1]
+    part = weights >= 0
+    if N == 0:
+        return part
+    if forced is not None:
+        forced = part & forced.repeat(weights.shape[0] // forced.shape[0], 1)
+    # The bits of floats that are not negative have their order.
+    order = torch.where(part, weights.contiguous().view(torch.int32) & 0x7FFFFFFF, -1)
+    exponent = (order >> 23).clamp(min=1)
+    fraction = (order & 0x7FFFFF) + ((order >> 23) > 0) * 0x800000
+    shift = (exponent.amax(-1, keepdim=True) - exponent).clamp(max=40)
+    mass = torch.where(part, fraction.long() << 16 >> shift, 0)
+    total = mass.sum(-1, keepdim=True)
+    # ceil(total * share / 2^30) without the 93 bits of the product.
+    high, low = total >> 32, total & 0xFFFFFFFF
+    target = (high * share << 2) + (low * share + 2**30 - 1 >> 30)
+    first = order if forced is None else order.masked_fill(forced, 2**31 - 1)
+    places = first.sort(dim=-1, descending=True, stable=True).indices
+    mass = mass.gather(-1, places)
+    wanted = mass.cumsum(-1) - mass < target
+    keep = torch.zeros_like(part).scatter_(-1, places, wanted)
+    return (keep if forced is None else keep | forced) & part
+
+
 def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     """See `lowcontext.ops.votes.page_scores`."""
     # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.

@@ -1,4 +1,4 @@
-"""The Triton kernels of the votes: scores.py and select.py in lowcontext/ops/triton."""
+"""The Triton kernels of the votes: scores.py, select.py and mass.py in lowcontext/ops/triton."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.triton import execute, operator, unfit_device
-from lowcontext.ops.votes import _fakes, reference
+from lowcontext.ops.votes import _fakes
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8)
 _MAX_D = 256
 
 
 def supports(op: str, like: Tensor) -> str | None:
     """None if the kernels take tensors like this one, else the reason they do not."""
-    if op == "topk":
+    if op in ("topk", "mass_mask"):
         return unfit_device(like)
     if like.dtype not in _DTYPES:
-        return f"its kernels take fp32, bf16, fp16 and int8, the tensor is {like.dtype}"
+        return f"its kernels take fp32, bf16, fp16, int8 and uint8, the tensor is {like.dtype}"
     if op != "soft_vote":
         widest = 2 * _MAX_D if op == "page_scores" else _MAX_D
+        widest = _MAX_D // 2 if like.dtype == torch.uint8 else widest
         if like.shape[3] > widest:
             return f"its kernels take rows of at most {widest}, got {like.shape[3]}"
         if like.shape[3] > 1 and like.stride(3) != 1:
@@ -64,6 +65,15 @@ def _topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor
     return ids, counts
 
 
+def _mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
+    from lowcontext.ops.triton.mass import plan_mass_mask
+
+    weights = weights if weights.stride(1) == 1 else weights.contiguous()
+    launches, keep = plan_mass_mask(weights, share, forced)
+    execute(launches, weights.device)
+    return keep
+
+
 def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     from lowcontext.ops.triton import scores
 
@@ -73,11 +83,9 @@ def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
 
 
 def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    from lowcontext.ops.triton import scores
+    from lowcontext.ops.triton.scores import plan_quantize_keys
 
-    if bits == 4:
-        return reference.quantize_keys(k, bits)
-    launches, small, scales = scores.plan_quantize_keys(k)
+    launches, small, scales = plan_quantize_keys(k, bits)
     execute(launches, k.device)
     return small, scales
 
@@ -86,5 +94,6 @@ def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
 token_scores = operator("token_scores", _token_scores, _fakes.token_scores)
 soft_vote = operator("soft_vote", _soft_vote, _fakes.soft_vote)
 topk = operator("topk", _topk, _fakes.topk)
+mass_mask = operator("mass_mask", _mass_mask, _fakes.mass_mask)
 page_scores = operator("page_scores", _page_scores, _fakes.page_scores)
 quantize_keys = operator("quantize_keys", _quantize_keys, _fakes.quantize_keys)
