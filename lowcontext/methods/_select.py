@@ -153,15 +153,16 @@ def join_heads(parts: Sequence[tuple[list[int], BlockIndex]]) -> BlockIndex:
             shape[3] = max(x.shape[3] for x in present)
         # Entries past a count are never read, counts of absent lists are 0.
         out = like.new_zeros(shape) if like.dim() == 3 else like.new_empty(shape)
-        for (each, _), x in zip(parts, tensors, strict=True):
+        for place, x in zip(places, tensors, strict=True):
             if x is None:
                 continue
             if x.dim() == 3:
-                out[:, each] = x
+                out[:, place] = x
             else:
-                out[:, each, :, : x.shape[3]] = x
+                out[:, place, :, : x.shape[3]] = x
         return out
 
+    places = [on_device(each, first.device) for each, _ in parts]
     counts = joined([index.kv_num_blocks for _, index in parts])
     starts = joined([index.kv_starts for _, index in parts])
     if counts is None or starts is None:

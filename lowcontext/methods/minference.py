@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.methods._patterns import HeadPattern, Layer, read_patterns
-from lowcontext.methods._select import diagonal_sums, join_heads, top_k_mask
+from lowcontext.methods._select import diagonal_sums, join_heads, on_device, top_k_mask
 from lowcontext.methods.base import LayerContext, Method, Part, is_decoding
 from lowcontext.ops.block_scores import pooled_scores
 from lowcontext.ops.vertical_slash import last_window_scores, line_index
@@ -208,10 +208,10 @@ class Selection:
             self.most_vertical = max(self.most_vertical, first)
         dense, tri = self.heads.get("dense", []), self.heads.get("tri_shape", [])
         if dense or tri:
-            start = torch.full(self.vertical.shape[:2], self.Lk, dtype=torch.int32)
-            start[:, [self.place[h] for h in tri]] = max(0, self.Lk - self.method.tri_last)
-            start[:, [self.place[h] for h in dense]] = 0
-            self.dense_from = start.to(self.q.device)
+            start = dict.fromkeys(dense, 0)
+            start |= dict.fromkeys(tri, max(0, self.Lk - self.method.tri_last))
+            rows = self._numbers([start.get(h, self.Lk) for h in self.lined])
+            self.dense_from = rows.to(torch.int32).expand(self.vertical.shape[:2])
 
     def _sized(self, kind: str) -> dict[int, tuple[int, int]]:
         """(a, b) of each head of a kind, times the ratio."""
@@ -220,6 +220,9 @@ class Selection:
             h: (int(self.patterns[h].a * ratio), max(1, int(self.patterns[h].b * ratio)))
             for h in self.heads.get(kind, [])
         }
+
+    def _numbers(self, values: list[int]) -> Tensor:
+        return on_device(values, self.q.device)
 
     def _scores(self, drop: int, window: int) -> tuple[Tensor, Tensor]:
         """Line scores of `window` queries, without the last `drop` tokens."""
@@ -233,14 +236,15 @@ class Selection:
 
     def _choose_published(self, sizes: dict[int, tuple[int, int]]) -> None:
         heads = list(sizes)
-        vertical, slash = (x[:, heads] for x in self._scores(0, WINDOW))
+        own = self._numbers(heads)
+        vertical, slash = (x[:, own] for x in self._scores(0, WINDOW))
         vertical[..., :SINK] = torch.inf
         slash[..., :LOCAL] = torch.inf
         least = 50 if self.method._published else LOCAL
         most_v = [min(self.Lk, max(sizes[h][0], SINK)) for h in heads]
         most_s = [min(self.Lk, max(sizes[h][1], least)) for h in heads]
         self.most_vertical = max(self.most_vertical, *most_v)
-        rows = [self.place[h] for h in heads]
+        rows = self._numbers([self.place[h] for h in heads])
         self.vertical[:, rows] = self._best(vertical, most_v)
         self.slash[:, rows] = self._best(slash, most_s)
 
@@ -248,12 +252,12 @@ class Selection:
         Lk = self.Lk
         window = min(WINDOW, self.q.shape[2])
         half = window // 2
-        rows = [self.place[h] for h in heads]
-        vertical, slash = (x[:, heads] for x in self._scores(0, window - half))
+        rows, own = self._numbers([self.place[h] for h in heads]), self._numbers(heads)
+        vertical, slash = (x[:, own] for x in self._scores(0, window - half))
         if half:
             drop = window - half
             early_vertical, early_slash = (
-                torch.nn.functional.pad(x[:, heads], (0, drop)) for x in self._scores(drop, half)
+                torch.nn.functional.pad(x[:, own], (0, drop)) for x in self._scores(drop, half)
             )
             vertical = vertical + early_vertical
             # Weight per query of the half that gives less.
@@ -276,10 +280,10 @@ class Selection:
 
     def _best(self, scores: Tensor, most: list[int]) -> Tensor:
         """The `most[h]` best entries of head h."""
-        return top_k_mask(scores, torch.tensor(most, device=self.q.device), max(most))
+        return top_k_mask(scores, self._numbers(most), max(most))
 
     def _block_index(self, row: int, end: int) -> BlockIndex:
-        heads, keys = self.blocks, self.offset + end
+        heads, keys = self._numbers(self.blocks), self.offset + end
         q, k = self.q[:, :, row:end], self.k[:, :, :keys]
         scores = pooled_scores(q, k, block=BLOCK, scale=1.0)[:, heads]
         first, Nq = BlockIndex.query_blocks(end - row, keys, BLOCK)
@@ -294,5 +298,5 @@ class Selection:
         else:
             scores = scores.masked_fill((m == 0) | (m == n), torch.inf)
             limit = max(2, min(BLOCK_BUDGET, -(-self.Lk // BLOCK)))
-        keep = top_k_mask(scores, torch.tensor(limit, device=q.device), limit)
+        keep = top_k_mask(scores, torch.full((), limit, device=q.device), limit)
         return BlockIndex.from_blocks(keep, (BLOCK, BLOCK), limit)
