@@ -7,6 +7,7 @@ TRANSFORMERS ?= transformers==5.23.0
 # The oldest transformers supported; `make test` runs a subset of the tests with it.
 TRANSFORMERS_FLOOR ?= transformers==4.57.6
 OUT ?= demo
+RESULTS ?= bench/results
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
@@ -63,8 +64,9 @@ bench: ext
 	$(PY) -m bench.run --suite cpu-prefill --suite cpu-decode
 	$(PY) -m bench.compare bench/results
 
+# Builds, tests and measures in the Python that runs it, without an install: see bench/gpu.py.
 gpu:
-	$(PYTHON) -m bench.gpu
+	$(PYTHON) -m bench.gpu --out $(RESULTS) $(GPU_OPTIONS)
 
 clean:
 	rm -rf build $(VENV) $(FLOOR) lowcontext/*.so

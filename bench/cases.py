@@ -24,7 +24,7 @@ class Case:
         density: share of the causal pairs to list ("blocks").
         tokens: keys in a list ("pages", "columns").
         block: (block_q, block_k) of the index.
-        device: "cpu" or "cuda".
+        device: of the index.
     """
 
     name: str
@@ -42,25 +42,18 @@ class Case:
     device: str = "cpu"
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v, the same for the same shape."""
+        """Random q, k, v on the CPU, the same for the same shape."""
         gen = torch.Generator().manual_seed(0)
         dtype = getattr(torch, self.dtype)
         shapes = [(self.Hq, self.Lq), (self.Hkv, self.Lk), (self.Hkv, self.Lk)]
         q, k, v = (torch.randn(self.B, h, n, self.D, generator=gen).to(dtype) for h, n in shapes)
-        return q.to(self.device), as_cached(k.to(self.device)), as_cached(v.to(self.device))
+        return q, as_cached(k), as_cached(v)
 
     def index(self, seed: int = 0) -> BlockIndex | None:
         """The index of the pattern; None where dense."""
         if self.pattern == "dense":
             return None
-        index = (random_blocks if self.pattern == "blocks" else random_lists)(self, seed)
-        columns = index.kv_num_columns, index.kv_columns
-        return BlockIndex(
-            index.kv_num_blocks.to(self.device),
-            index.kv_starts.to(self.device),
-            index.block_size,
-            *(None if x is None else x.to(self.device) for x in columns),
-        )
+        return (random_blocks if self.pattern == "blocks" else random_lists)(self, seed)
 
 
 def as_cached(x: Tensor) -> Tensor:
@@ -75,17 +68,18 @@ def random_blocks(case: Case, seed: int) -> BlockIndex:
     block_q, block_k = case.block
     first, Nq = BlockIndex.query_blocks(case.Lq, case.Lk, block_q)
     Nk = -(-case.Lk // block_k)
-    gen = torch.Generator().manual_seed(seed)
-    row1 = ((torch.arange(first, first + Nq) + 1) * block_q).clamp(max=case.Lk)
-    row0 = torch.arange(first, first + Nq) * block_q
-    m = torch.arange(Nk)
+    gen = torch.Generator(case.device).manual_seed(seed)
+    row0 = torch.arange(first, first + Nq, device=case.device) * block_q
+    row1 = (row0 + block_q).clamp(max=case.Lk)
+    m = torch.arange(Nk, device=case.device)
     diagonal = (m[None] * block_k < row1[:, None]) & ((m[None] + 1) * block_k > row0[:, None])
     past = (m[None] + 1) * block_k <= row0[:, None]
     # The diagonal tiles hold about half of their pairs; the rest of the share comes from the past.
     total = case.Lk * (case.Lk + 1) / 2
     inside = float(block_q * (block_q + 1) / 2 * Nq)
     wanted = max(0.0, case.density * total - inside) / max(1.0, total - inside)
-    scores = torch.rand(case.B, case.Hq, Nq, Nk, generator=gen).masked_fill(~past, -1.0)
+    scores = torch.rand(case.B, case.Hq, Nq, Nk, generator=gen, device=case.device)
+    scores = scores.masked_fill(~past, -1.0)
     counts = (past.sum(-1) * wanted).round().long().clamp(min=0)
     if wanted > 0:
         scores[..., 0] = torch.where(past[:, 0], 2.0, -1.0)
@@ -97,13 +91,14 @@ def random_blocks(case: Case, seed: int) -> BlockIndex:
 
 def random_lists(case: Case, seed: int) -> BlockIndex:
     """Per KV head: `tokens` keys as random aligned pages, or as random single columns."""
-    gen = torch.Generator().manual_seed(seed)
+    gen = torch.Generator(case.device).manual_seed(seed)
     width = case.block[1] if case.pattern == "pages" else 1
     count = case.tokens // width
     slots = case.Lk // width
-    picks = torch.rand(case.B, case.Hkv, case.Lq, slots, generator=gen).topk(count, dim=-1).indices
+    shape = (case.B, case.Hkv, case.Lq, slots)
+    picks = torch.rand(shape, generator=gen, device=case.device).topk(count, dim=-1).indices
     picks = (picks.sort(dim=-1).values * width).to(torch.int32)
-    counts = torch.full(picks.shape[:3], count, dtype=torch.int32)
+    counts = torch.full(picks.shape[:3], count, dtype=torch.int32, device=case.device)
     if case.pattern == "pages":
         return BlockIndex(counts, picks, case.block)
     none = torch.zeros_like(counts)
@@ -146,19 +141,4 @@ def cpu_decode(Lk: int = 131072) -> Iterator[Case]:
                 yield Case(name=f"decode-columns-{size}", pattern="columns", tokens=tokens, **shape)
 
 
-def gpu() -> Iterator[Case]:
-    """bf16, D = 128, 32/8 heads: prefill at 16K and 64K, decode over lists at 128K."""
-    heads = {"Hq": 32, "Hkv": 8, "dtype": "bfloat16", "device": "cuda"}
-    for Lk in (16384, 65536):
-        for density in (0.05, 0.1, 1.0):
-            name = f"gpu-prefill-{Lk // 1024}k-{density:.0%}"
-            yield Case(name, Lq=Lk, Lk=Lk, pattern="blocks", density=density, **heads)
-    decode = {"Lq": 1, "Lk": 131072, **heads}
-    yield Case("gpu-decode-dense", pattern="dense", **decode)
-    for page in (64, 16):
-        name = f"gpu-decode-pages{page}-2k"
-        yield Case(name, pattern="pages", tokens=2048, block=(1, page), **decode)
-    yield Case("gpu-decode-columns-2k", pattern="columns", tokens=2048, **decode)
-
-
-SUITES = {"cpu-prefill": cpu_prefill, "cpu-decode": cpu_decode, "gpu": gpu}
+SUITES = {"cpu-prefill": cpu_prefill, "cpu-decode": cpu_decode}

@@ -1,6 +1,8 @@
 """Runs benchmark suites: checks every case against the reference, then times it.
 
 python -m bench.run --suite cpu-prefill --suite cpu-decode
+python -m bench.run --suite gpu
+python -m bench.run --suite gpu --dry-run      its code on the CPU, at sizes without meaning
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import lowcontext
 from bench.cases import SUITES, Case, as_cached
+from bench.device import Device
+from bench.gpu_suite import Run, cases
 from bench.timing import Times, environment, interleave, matmul_rate, read_bandwidth
 from lowcontext import BlockIndex
 
 console = Console()
 app = typer.Typer(add_completion=False)
 
+NAMES = [*SUITES, "gpu"]
 Call = Callable[[], Tensor]
 # Lists of a decode step are far smaller than the cache; so many different ones are used in turn
 # that no list is still in a cache of this size when it comes up again.
@@ -36,29 +41,45 @@ LAST_LEVEL_CACHE = 2**28
 
 @app.command()
 def main(
-    suite: Annotated[list[str], typer.Option(help=f"One of {', '.join(SUITES)}; repeatable.")],
+    suite: Annotated[list[str], typer.Option(help=f"One of {', '.join(NAMES)}; repeatable.")],
     out: Annotated[Path, typer.Option(help="Folder of the JSONL file.")] = Path("bench/results"),
     only: Annotated[str, typer.Option(help="Run the cases whose name contains this.")] = "",
-    rounds: Annotated[int, typer.Option(help="Most rounds per case.")] = 30,
-    seconds: Annotated[float, typer.Option(help="Time budget per case.")] = 20.0,
-    flex: Annotated[bool, typer.Option(help="Time FlexAttention too (it compiles first).")] = True,
+    rounds: Annotated[int, typer.Option(help="cpu: most rounds per case.")] = 30,
+    seconds: Annotated[float, typer.Option(help="cpu: time budget per case.")] = 20.0,
+    flex: Annotated[bool, typer.Option(help="cpu: time FlexAttention; it compiles first.")] = True,
+    limit: Annotated[float, typer.Option(help="gpu: seconds; no case goes on longer.")] = 600.0,
+    tests: Annotated[Path | None, typer.Option(help="gpu: file of bench.outcomes.")] = None,
+    commit: Annotated[str | None, typer.Option(help="gpu: commit, where there is no git.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="gpu: JSONL file to go on with.")] = None,
+    dry_run: Annotated[bool, typer.Option(help="gpu: run all code on the CPU, tiny.")] = False,
 ) -> None:
     """Checks each case against the reference, times it, prints a line and appends a JSONL row."""
     for name in suite:
-        if name not in SUITES:
-            raise typer.BadParameter(f"--suite: expected one of {list(SUITES)}, got {name!r}")
+        if name not in NAMES:
+            raise typer.BadParameter(f"--suite: expected one of {NAMES}, got {name!r}")
+    if "gpu" in suite and not dry_run and not torch.cuda.is_available():
+        raise typer.BadParameter("--suite gpu: expected a CUDA device, got none; try --dry-run")
     out.mkdir(parents=True, exist_ok=True)
-    where = environment()
     for name in suite:
-        path = out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        rate = matmul_rate() if name == "cpu-prefill" else None
-        with path.open("a") as file:
-            for case in SUITES[name]():
-                if only in case.name:
-                    for row in run_case(case, rounds, seconds, flex, rate):
-                        file.write(json.dumps({"suite": name, **row, **where}) + "\n")
-                        file.flush()
+        path = resume or out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
+        if name == "gpu":
+            device = Device("cpu" if dry_run else "cuda")
+            Run(device, path, time.time() + limit, only, tests, commit).all(list(cases()))
+        else:
+            cpu_suite(name, path, only, rounds, seconds, flex)
         console.print(f"wrote {path}")
+
+
+def cpu_suite(name: str, path: Path, only: str, rounds: int, seconds: float, flex: bool) -> None:
+    """Appends the rows of a CPU suite to a file."""
+    where = environment()
+    rate = matmul_rate() if name == "cpu-prefill" else None
+    with path.open("a") as file:
+        for case in SUITES[name]():
+            if only in case.name:
+                for row in run_case(case, rounds, seconds, flex, rate):
+                    file.write(json.dumps({"suite": name, **row, **where}) + "\n")
+                    file.flush()
 
 
 @torch.inference_mode()
@@ -75,7 +96,7 @@ def run_case(
     if not prefill:
         # As many bytes as the dense case reads, but not the same ones.
         calls["read"] = read_bandwidth(as_cached(torch.cat([k.flatten(), v.flatten()]).float()))
-    times = interleave(calls, rounds=rounds, budget_s=seconds, device=case.device)
+    times = interleave(calls, rounds=rounds, budget_s=seconds)
     density = 1.0 if indices[0] is None else indices[0].density(case.Lq, case.Lk)
     rows = []
     for name, t in times.items():

@@ -26,6 +26,7 @@ import typer
 from torch import Tensor
 
 from bench.timing import environment
+from lowcontext import _cli_parse as parse
 from lowcontext.ops.hierarchy import Stage, StageOptions, TreeOptions, hip_stages, hip_tree
 
 app = typer.Typer(add_completion=False)
@@ -82,7 +83,7 @@ def problem(T: int, world: World, seed: int) -> Problem:
     own = autoregressive(torch.randn(ROWS, D, generator=gen), decay)
     q = COMMON**0.5 * common + (1 - COMMON) ** 0.5 * own
     q = q / q.norm(dim=1, keepdim=True) * D**0.5
-    low, high = SINK, (T - ROWS - WINDOW + 1) // TILE * TILE
+    low, high = bounds(T)
     tiles = torch.randperm((high - low) // TILE, generator=gen)[:NEEDLES] * TILE + low
     needles = tiles + torch.randint(0, TILE - world.width + 1, (NEEDLES,), generator=gen)
     seekers = torch.randint(0, ROWS, (NEEDLES,), generator=gen)
@@ -90,6 +91,11 @@ def problem(T: int, world: World, seed: int) -> Problem:
         k[at : at + world.width] += STRENGTH * q[row] / D**0.5
     mass = torch.softmax(SPREAD * (q @ k[low:high].T) / D**0.5, dim=1)
     return Problem(q, k, needles.tolist(), low, high, mass)
+
+
+def bounds(T: int) -> tuple[int, int]:
+    """The candidate keys among T."""
+    return SINK, (T - ROWS - WINDOW + 1) // TILE * TILE
 
 
 def autoregressive(noise: Tensor, decay: float) -> Tensor:
@@ -210,12 +216,23 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the JSONL file.")] = Path("bench/results"),
 ) -> None:
     """Prints a table per length, sorted by loads: mass / needles in percent for each world."""
+    try:
+        sizes = parse.lengths(lengths)
+    except ValueError as error:
+        raise typer.BadParameter(f"--{error}") from None
+    for T in sizes:
+        candidates = bounds(T)[1] - SINK
+        if candidates < max(budget, NEEDLES * TILE):
+            raise typer.BadParameter(
+                f"--lengths, --budget: expected a length whose candidate keys, outside sink and "
+                f"window, are at least {max(budget, NEEDLES * TILE)}, got {T} with "
+                f"{max(0, candidates)}"
+            )
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"selection-study-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     where = environment()
     with path.open("a") as file:
-        for text in lengths.split(","):
-            T = int(text.removesuffix("k")) * (1024 if text.endswith("k") else 1)
+        for T in sizes:
             table: dict[str, dict[str, list[Result]]] = {}
             for world in WORLDS:
                 for seed in range(trials):

@@ -53,37 +53,49 @@ HEADS = (
 )
 
 
-def structured(N: int, seed: int = 0, heads: tuple[Head, ...] = HEADS) -> tuple[Tensor, Tensor]:
-    """(q [1, H, N, 128], k [1, H / 4, N, 128]), to be used with scale 1."""
-    gen = torch.Generator().manual_seed(seed)
-    position = torch.arange(N, dtype=torch.float64)
+def structured(
+    N: int,
+    seed: int = 0,
+    heads: tuple[Head, ...] = HEADS,
+    *,
+    group: int = 4,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor]:
+    """(q [1, H, N, 128], k [1, H / group, N, 128]), to be used with scale 1."""
+    gen = torch.Generator(device).manual_seed(seed)
+    form = {"generator": gen, "device": device}
+    position = torch.arange(N, dtype=torch.float64, device=device)
     theta = 10000.0 ** (-torch.arange(FREQUENCIES, dtype=torch.float64) / FREQUENCIES)
+    theta = theta.to(device)
 
     def rotated(at: Tensor) -> Tensor:
         angle = at[:, None] * theta
         return torch.cat([angle.cos(), angle.sin()], dim=1).float() / FREQUENCIES**0.5
 
-    groups = len(heads) // 4
-    k = torch.zeros(1, groups, N, D)
-    q = torch.zeros(1, len(heads), N, D)
+    k = torch.empty(1, len(heads) // group, N, D, device=device, dtype=dtype)
+    q = torch.empty(1, len(heads), N, D, device=device, dtype=dtype)
     noise = slice(2 * FREQUENCIES + 2, D)
-    for g in range(groups):
-        k[0, g, :, : 2 * FREQUENCIES] = rotated(position)
-        k[0, g, 0, 2 * FREQUENCIES] = 1.0
-        marked = torch.randperm(N, generator=gen)[: max(1, N // 128)]
-        k[0, g, marked, 2 * FREQUENCIES + 1] = 0.6 + 0.4 * torch.rand(len(marked), generator=gen)
-        k[0, g, :, noise] = torch.randn(N, NOISE, generator=gen) / NOISE**0.5
+    for g in range(k.shape[1]):
+        row = torch.zeros(N, D, device=device)
+        row[:, : 2 * FREQUENCIES] = rotated(position)
+        row[0, 2 * FREQUENCIES] = 1.0
+        marked = torch.randperm(N, **form)[: max(1, N // 128)]
+        row[marked, 2 * FREQUENCIES + 1] = 0.6 + 0.4 * torch.rand(len(marked), **form)
+        row[:, noise] = torch.randn(N, NOISE, **form) / NOISE**0.5
+        k[0, g] = row
     for h, head in enumerate(heads):
-        row = q[0, h]
+        row = torch.zeros(N, D, device=device)
         row[:, : 2 * FREQUENCIES] = head.local * rotated(position)
         for share, strength in head.slashes:
             row[:, : 2 * FREQUENCIES] += strength * rotated(position - int(share * N))
         row[:, 2 * FREQUENCIES] = head.sink
         row[:, 2 * FREQUENCIES + 1] = head.vertical
-        row[:, noise] = head.noise * torch.randn(N, NOISE, generator=gen)
+        row[:, noise] = head.noise * torch.randn(N, NOISE, **form)
         if head.needle:
-            looking = (torch.rand(N, generator=gen) < 0.02).nonzero()[:, 0]
-            found = (torch.rand(len(looking), generator=gen) * looking).long()
-            content = k[0, h // 4, found, noise]
+            looking = (torch.rand(N, **form) < 0.02).nonzero()[:, 0]
+            found = (torch.rand(len(looking), **form) * looking).long()
+            content = k[0, h // group, found, noise].float()
             row[looking, noise] += head.needle * content / content.square().sum(-1, keepdim=True)
+        q[0, h] = row
     return q, k

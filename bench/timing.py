@@ -30,47 +30,61 @@ class Times:
     p80: float
     first: float
 
+    def divided(self, calls: int) -> Times:
+        """The same for one of so many calls that were timed together."""
+        return Times(self.p20 / calls, self.p50 / calls, self.p80 / calls, self.first / calls)
+
 
 # A candidate is called again within its turn until the turn has lasted so long, or so often.
 TURN_S = 0.02
 TURN_CALLS = 40
 
 
+def wall_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds that one call takes on this machine's clock."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
 def interleave(
-    candidates: dict[str, Callable[[], Any]], *, rounds: int, budget_s: float, device: str = "cpu"
+    candidates: dict[str, Callable[[], Any]],
+    *,
+    rounds: int,
+    budget_s: float,
+    measure: Callable[[Callable[[], Any]], float] = wall_ms,
+    least: int = 3,
+    warm: bool = True,
 ) -> dict[str, Times]:
     """Times the candidates in turn, A B C A B C, so that all see the same machine.
 
     Short calls are repeated within a turn; each call is timed alone.
 
     Args:
-        candidates: what to call; each is called once before timing.
-        rounds: most rounds; at least three are run.
+        candidates: what to call; each is called once before timing, unless `warm` is False.
+        rounds: most rounds; at least `least` are run.
         budget_s: no further round starts after so many seconds.
-        device: "cpu" or "cuda"; a GPU is waited for around each call.
+        measure: the milliseconds of one call.
+        least: see `rounds`.
+        warm: see `candidates`.
 
     Returns:
         Percentiles per candidate.
     """
-    wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
-    for call in candidates.values():
-        call()
+    if warm:
+        for call in candidates.values():
+            call()
     first: dict[str, list[float]] = {name: [] for name in candidates}
     later: dict[str, list[float]] = {name: [] for name in candidates}
     began = time.perf_counter()
     for done in range(rounds):
-        if done >= 3 and time.perf_counter() - began > budget_s:
+        if done >= least and time.perf_counter() - began > budget_s:
             break
         for name, call in candidates.items():
             turn = time.perf_counter()
             for i in range(TURN_CALLS):
-                wait()
-                start = time.perf_counter()
-                call()
-                wait()
-                end = time.perf_counter()
-                (later if i else first)[name].append((end - start) * 1e3)
-                if end - turn >= TURN_S:
+                (later if i else first)[name].append(measure(call))
+                if time.perf_counter() - turn >= TURN_S:
                     break
     return {name: _percentiles(first[name], later[name]) for name in candidates}
 

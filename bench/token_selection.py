@@ -315,6 +315,10 @@ def positions(
 
     from lowcontext.eval import NeedleGrid, run_needle
 
+    if times < 2:
+        raise typer.BadParameter(f"--times: expected at least 2, got {times}")
+    if not Path(folder).is_dir():
+        raise typer.BadParameter(f"folder: expected a checkpoint, got {folder}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     model.model.rotary_emb.inv_freq[15:] *= faster
