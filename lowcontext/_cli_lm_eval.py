@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,6 +12,10 @@ import typer
 from lowcontext._cli_console import errors
 
 OPTION = "method_"
+
+
+class MethodRefused(ValueError):
+    """The model arguments name no method, or one that refuses its hyper-parameters."""
 
 
 def lm_eval(context: typer.Context) -> None:
@@ -31,11 +36,19 @@ def lm_eval(context: typer.Context) -> None:
     chosen = any(argument.split("=")[0] in ("--model", "-M") for argument in context.args)
     model = [] if chosen else ["--model", "lowcontext"]
     sys.argv = ["lm-eval", "run", *model, *context.args]
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except MethodRefused:  # what else the harness raises keeps its traceback
+        with errors():
+            raise
 
 
+@cache
 def register() -> type:
-    """Makes the model `lowcontext` known to the harness, which has no entry points for models."""
+    """Makes the model `lowcontext` known to the harness, which has no entry points for models.
+
+    Once in a process: the harness refuses a second time.
+    """
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
 
@@ -48,7 +61,10 @@ def register() -> type:
         def __init__(self, method: str = "dense", **arguments: Any) -> None:
             names = [name for name in arguments if name.startswith(OPTION)]
             options = {name.removeprefix(OPTION): arguments.pop(name) for name in names}
-            self.method = get_method(method, **options)
+            try:
+                self.method = get_method(method, **options)
+            except (ValueError, TypeError) as error:
+                raise MethodRefused(f"--model_args: {error}") from error
             super().__init__(**arguments)
 
         def _create_model(self, *arguments: Any, **options: Any) -> None:

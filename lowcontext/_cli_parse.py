@@ -205,10 +205,16 @@ def generate(
     chat: bool,
     chunk: int | None,
 ) -> Generated:
-    """Greedy generation with a patched model."""
+    """Greedy generation with a patched model.
+
+    Raises:
+        ValueError: there is no chat template, or prompt and new tokens exceed the model's
+            positions.
+    """
     from transformers import LogitsProcessorList
 
     from lowcontext.eval import TokenClock
+    from lowcontext.eval.generation import max_positions
     from lowcontext.integrations import measure_density, patched
 
     if chat:
@@ -218,6 +224,12 @@ def generate(
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     batch = tokenizer(text, return_tensors="pt", add_special_tokens=not chat).to(model.device)
     length = batch["input_ids"].shape[1]
+    limit = max_positions(model)
+    if limit is not None and length + max_new_tokens > limit:
+        raise ValueError(
+            f"--max-new-tokens: expected at most {limit} tokens (the model's "
+            f"max_position_embeddings) with the prompt's {length}, got {max_new_tokens}"
+        )
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": False}
     if chunk:
         options["prefill_chunk_size"] = chunk

@@ -334,7 +334,3 @@ def bench(context: typer.Context) -> None:
             raise RuntimeError("bench: expected a source checkout; clone the repository to run it")
     command = [sys.executable, "-m", "bench.run", *(context.args or ["--help"])]
     raise typer.Exit(subprocess.run(command, cwd=root, check=False).returncode)
-
-
-if __name__ == "__main__":
-    app()

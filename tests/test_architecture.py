@@ -19,6 +19,7 @@ LAYERS = {"_fingerprint": 0, "_version": 0, "index": 0, "ops": 1, "methods": 2, 
 # The package root re-exports; `eval` stands beside the stack and knows none of it.
 EVAL = "eval"
 CLI = (
+    "__main__",
     "cli",
     "_cli_console",
     "_cli_eval",

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -164,6 +167,21 @@ def test_a_length_over_the_models_positions_is_an_error(checkpoint: Path, tmp_pa
     result = runner.invoke(app, args)
     assert result.exit_code == 1
     assert "max_position_embeddings" in result.output.replace("\n", " ")
+
+
+def test_more_new_tokens_than_positions_are_an_error(checkpoint: Path) -> None:
+    args = ["generate", str(checkpoint), "--prompt", "the sky is clear", "--max-new-tokens"]
+    result = runner.invoke(app, [*args, "131072"])
+    assert result.exit_code == 1
+    message = r"--max-new-tokens: expected at most 131072 tokens .* the prompt's \d+, got 131072"
+    assert re.search(message, result.output.replace("\n", " "))
+
+
+def test_the_package_runs_as_a_module() -> None:
+    command = [sys.executable, "-m", "lowcontext", "ruler", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage: lowcontext ruler" in done.stdout
 
 
 def test_lengths_and_depths_are_parsed() -> None:

@@ -56,7 +56,7 @@ def test_the_command_hands_over_to_the_harness(checkpoint: Path, tmp_path: Path)
     for method in ("dense", "streaming_llm,method_window=64"):
         out = tmp_path / method.partition(",")[0]
         arguments = f"pretrained={checkpoint},method={method},dtype=float32"
-        command = [sys.executable, "-m", "lowcontext.cli", "lm-eval", "--model_args", arguments]
+        command = [sys.executable, "-m", "lowcontext", "lm-eval", "--model_args", arguments]
         command += ["--tasks", "lowcontext_offline", "--include_path", str(tmp_path)]
         command += ["--device", "cpu", "--batch_size", "1", "--output_path", str(out)]
         offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path)}
@@ -68,6 +68,25 @@ def test_the_command_hands_over_to_the_harness(checkpoint: Path, tmp_path: Path)
         results = json.loads(file.read_text())["results"]["lowcontext_offline"]
         scores[out.name] = results["exact_match,none"]
     assert scores == {"dense": 1.0, "streaming_llm": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ("qest", "--model_args: method: expected one of"),
+        ("quest,method_page=0", "--model_args: quest: page: expected at least 1, got 0"),
+        ("quest,method_pages=16", "--model_args: quest: expected hyper-parameters among"),
+    ],
+)
+def test_a_method_that_is_none_gives_one_line(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, method: str, message: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    arguments = f"pretrained={checkpoint},method={method}"
+    result = CliRunner().invoke(app, ["lm-eval", "--model_args", arguments, "--tasks", "arc_easy"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert message in result.output.replace("\n", " ")
 
 
 def test_without_the_harness_the_error_says_what_to_install(

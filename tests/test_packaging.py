@@ -39,7 +39,7 @@ def test_a_broken_compiler_leaves_a_working_package_that_says_so(tree: Path) -> 
     build = run(tree, "setup.py", "build_ext", "--inplace", CXX="/bin/false", CC="/bin/false")
     assert build.returncode == 0, build.stderr
     assert "building without the native extension" in build.stderr + build.stdout
-    info = run(tree, "-m", "lowcontext.cli", "info")
+    info = run(tree, "-m", "lowcontext", "info")
     assert info.returncode == 0, info.stderr
     assert "the extension is not built" in " ".join(info.stdout.split())
     code = (

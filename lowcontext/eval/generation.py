@@ -174,6 +174,13 @@ def check_counts(
             raise ValueError(f"{name}: expected 1 or more, or None, got {most}")
 
 
+def max_positions(model: Any) -> int | None:
+    """Positions that the model was made for, None if its configuration does not say."""
+    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
+    limit: int | None = getattr(config or model.config, "max_position_embeddings", None)
+    return limit
+
+
 def check_model(model: Any, tokenizer: Any, longest: int) -> None:
     """Refuses what would fail or mislead later.
 
@@ -181,8 +188,7 @@ def check_model(model: Any, tokenizer: Any, longest: int) -> None:
         ValueError: If ``longest`` exceeds the model's positions, or if the tokenizer has no
             end-of-sequence token.
     """
-    config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else None
-    limit = getattr(config or model.config, "max_position_embeddings", None)
+    limit = max_positions(model)
     if limit is not None and longest > limit:
         raise ValueError(
             f"lengths: expected at most {limit} (the model's max_position_embeddings), "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from functools import cache
@@ -32,6 +33,23 @@ def haystack_words(haystack: str, count: int, rng: random.Random) -> list[str]:
         RuntimeError: If it is ``"wonderwords"`` and that package is not installed.
     """
     return list(islice(_source(haystack, rng), count))
+
+
+def haystack_label(haystack: str) -> str:
+    """Returns what names a haystack in the rows of a run: see ``file_label`` for a text file.
+
+    Raises:
+        ValueError: If it is neither a known name nor a text file with words in it.
+    """
+    if haystack in HAYSTACKS:
+        return haystack
+    _file_words(haystack)
+    return file_label(haystack)
+
+
+def file_label(path: str) -> str:
+    """Returns a file's path and a digest of its bytes, so that a changed file is another one."""
+    return f"{path} ({hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]})"
 
 
 def insertion_point(words: list[str], depth: float) -> int:

@@ -6,12 +6,13 @@ Of the kind of Kamradt, "Needle In A Haystack", 2023 and the NIAH tasks of RULER
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from lowcontext.eval.haystack import haystack_words, insertion_point
-from lowcontext.eval.prompt import Rendered, Room, fill, tokenize
+from lowcontext.eval.prompt import Rendered, Room, fill, fit_frame, tokenize
 from lowcontext.eval.words import (
     ANSWER_PREFIX,
     ANSWER_PREFIX_ALL,
@@ -40,7 +41,7 @@ class NeedleTask:
             ``"several:COUNT"`` (so many needles, all asked for, spread from the asked depth to the
             end) or ``"thread:COUNT"`` (a chain of so many links to follow from name to name, the
             first at the asked depth, beside a chain as long that is not asked for).
-        haystack: ``"words"``, ``"noise"`` or the path of a text file.
+        haystack: ``"words"``, ``"noise"``, ``"wonderwords"`` or the path of a text file.
         answer_room: Tokens of the asked length left free for the answer.
     """
 
@@ -129,6 +130,28 @@ def make_sample(
     Raises:
         ValueError: If ``depth`` is out of range, or ``length`` has no room for the prompt's frame.
     """
+    puzzle, render = _drawn(tokenizer, task, length, depth, seed)
+    _, prompt, ids = fill(render, _room(task, length))
+    return NeedleSample(prompt, ids, expected=puzzle.expected, key=puzzle.key)
+
+
+def check_length(tokenizer: Any, task: NeedleTask, *, length: int, depth: float, seed: int) -> None:
+    """Refuses a length that a sample's frame does not fit, before anything is run.
+
+    Raises:
+        ValueError: As ``make_sample``.
+    """
+    fit_frame(_drawn(tokenizer, task, length, depth, seed)[1], _room(task, length))
+
+
+def _room(task: NeedleTask, length: int) -> Room:
+    return Room(length, task.answer_room, task.name, task.haystack)
+
+
+def _drawn(
+    tokenizer: Any, task: NeedleTask, length: int, depth: float, seed: int
+) -> tuple[_Puzzle, Callable[[int], Rendered]]:
+    """What a sample hides and asks, and its prompt around so many words."""
     if not 0 <= depth <= 100:
         raise ValueError(f"depth: expected 0..100 (percent), got {depth}")
     rng = random.Random(f"{task.name}|{length}|{depth:g}|{seed}")
@@ -140,8 +163,7 @@ def make_sample(
         text = f"{PREAMBLE} {_body(hay, puzzle.sentences)} {puzzle.question}"
         return tokenize(tokenizer, text, puzzle.prefix)
 
-    _, prompt, ids = fill(render, Room(length, task.answer_room, task.name, task.haystack))
-    return NeedleSample(prompt, ids, expected=puzzle.expected, key=puzzle.key)
+    return puzzle, render
 
 
 def _one_asked(count: int, depth: float, rng: random.Random) -> _Puzzle:

@@ -53,6 +53,22 @@ def tokenize(tokenizer: Any, text: str, prefix: str) -> Rendered:
     return prompt, list(tokenizer(prompt)["input_ids"])
 
 
+def fit_frame(render: Callable[[int], Rendered], room: Room) -> Rendered:
+    """Returns the prompt without a body.
+
+    Raises:
+        ValueError: If it is too long.
+    """
+    frame = render(0)
+    least = len(frame[1]) + room.answer
+    if least > room.length:
+        raise ValueError(
+            f"length: expected at least {least} tokens for task {room.task!r} "
+            f"with this tokenizer, got {room.length}"
+        )
+    return frame
+
+
 def fill(
     render: Callable[[int], Rendered], room: Room, *, coarse: bool = False
 ) -> tuple[int, str, list[int]]:
@@ -70,14 +86,8 @@ def fill(
     Raises:
         ValueError: If the prompt without a body is too long, or one word is over 1% of the length.
     """
-    prompt, ids = render(0)
-    frame = len(ids)
-    if frame > room.prompt:
-        raise ValueError(
-            f"length: expected at least {frame + room.answer} tokens for task {room.task!r} "
-            f"with this tokenizer, got {room.length}"
-        )
-    fits, best = 0, (prompt, ids)
+    best = fit_frame(render, room)
+    fits, frame = 0, len(best[1])
     too_many = room.prompt - frame + 1
     guess = too_many - 1
     while too_many - fits > 1:

@@ -48,8 +48,8 @@ class NeedleRow:
     Attributes:
         model: Folder that the model was loaded from, its dtype and a digest of its weights.
         method: The caller's label for the model as it ran.
-        task: ``"single"`` or ``"multikey"``.
-        haystack: Name or path of the haystack.
+        task: Kind of needle, as ``NeedleTask.name``.
+        haystack: Name of the haystack, or path and digest of its file.
         length: Asked length in tokens, answer room included.
         depth: Depth of the needle in percent.
         sample: Number of the sample in its cell.
@@ -103,7 +103,8 @@ class RulerRow:
         model: Folder that the model was loaded from, its dtype and a digest of its weights.
         method: The caller's label for the model as it ran.
         task: Name of the task.
-        source: Where the text around the task comes from: a haystack, or a file of questions.
+        source: Where the text around the task comes from: a haystack, or a file of questions; of a
+            file its path and digest.
         length: Asked length in tokens, answer room included.
         sample: Number of the sample.
         seed: Seed the sample was made with.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model, model_label
-from lowcontext.eval.haystack import HAYSTACKS
-from lowcontext.eval.needle import NeedleSample, NeedleTask, make_sample
+from lowcontext.eval.haystack import HAYSTACKS, haystack_label
+from lowcontext.eval.needle import NeedleSample, NeedleTask, check_length, make_sample
 from lowcontext.eval.records import NeedleRow, RowFile, RowKey, recorded
 from lowcontext.eval.scoring import contains_all, exact_match
 
@@ -28,7 +28,7 @@ class NeedleGrid:
         depths: Depths of the needle in percent, 0 (start) to 100 (end).
         samples: Prompts per length and depth; sample i uses seed ``seed + i``.
         task: ``"single"``, ``"multikey"``, ``"several:COUNT"`` or ``"thread:COUNT"``.
-        haystack: ``"words"``, ``"noise"`` or the path of a text file.
+        haystack: ``"words"``, ``"noise"``, ``"wonderwords"`` or the path of a text file.
         seed: Seed of the first sample.
         answer_room: Most tokens to generate.
         chunk: Prefill in chunks of so many tokens; None for one pass.
@@ -56,7 +56,12 @@ class NeedleGrid:
                 raise ValueError(f"depths: expected 0..100 (percent), got {depth}")
         if self.metric not in METRICS:
             raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {self.metric!r}")
-        NeedleTask(self.task, self.haystack, self.answer_room)
+        _ = self.kind  # refuses a wrong one
+
+    @property
+    def kind(self) -> NeedleTask:
+        """What is asked of every sample."""
+        return NeedleTask(self.task, self.haystack, self.answer_room)
 
     def cells(self) -> list[Cell]:
         """Returns every (length, depth, sample) in the order they run."""
@@ -100,10 +105,12 @@ def run_needle(
         Nothing runs until it is read.
 
     Raises:
-        ValueError: If a length exceeds the model's positions, if the tokenizer has no
-            end-of-sequence token, or if ``out`` cannot be written.
+        ValueError: If a length exceeds the model's positions or has no room for a prompt, if the
+            tokenizer has no end-of-sequence token, or if ``out`` cannot be written.
     """
     check_model(model, tokenizer, max(grid.lengths))
+    for length in grid.lengths:
+        check_length(tokenizer, grid.kind, length=length, depth=grid.depths[0], seed=grid.seed)
     runner = _Runner(model, tokenizer, grid, method, stats)
     book = RowFile(out, NeedleRow) if out is not None else None
     return _report(
@@ -127,7 +134,7 @@ class _Runner:
         self, model: Any, tokenizer: Any, grid: NeedleGrid, method: str, stats: Stats | None
     ) -> None:
         self.tokenizer, self.grid, self.method = tokenizer, grid, method
-        self.name = model_label(model)
+        self.name, self.haystack = model_label(model), haystack_label(grid.haystack)
         self.answerer = Answerer(model, tokenizer, grid.chunk, stats)
 
     def key(self, cell: Cell) -> RowKey:
@@ -135,20 +142,19 @@ class _Runner:
         grid = self.grid
         place = (length, depth, sample, grid.seed + sample)
         how = (grid.answer_room, grid.chunk, grid.metric)
-        return (self.name, self.method, grid.task, grid.haystack, *place, *how)
+        return (self.name, self.method, grid.task, self.haystack, *place, *how)
 
     def run(self, cell: Cell) -> NeedleRow:
         length, depth, sample = cell
         grid = self.grid
         seed = grid.seed + sample
-        task = NeedleTask(grid.task, grid.haystack, grid.answer_room)
-        prompt = make_sample(self.tokenizer, task, length=length, depth=depth, seed=seed)
+        prompt = make_sample(self.tokenizer, grid.kind, length=length, depth=depth, seed=seed)
         answer = self.answerer.answer(prompt.input_ids, grid.answer_room)
         return NeedleRow(
             model=self.name,
             method=self.method,
             task=grid.task,
-            haystack=grid.haystack,
+            haystack=self.haystack,
             length=length,
             depth=depth,
             sample=sample,

@@ -195,6 +195,28 @@ def test_a_length_beyond_the_models_positions_is_refused(model: Any, tokenizer: 
         run_needle(model, tokenizer, NeedleGrid(lengths=(512, 131073)))
 
 
+def test_a_length_without_room_for_the_prompt_is_refused_before_anything_runs(
+    counted: CountedModel, tokenizer: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "needle.jsonl"
+    with pytest.raises(ValueError, match=r"length: expected at least \d+ tokens for task 'single'"):
+        run_needle(counted, tokenizer, NeedleGrid(lengths=(512, 40)), out=out)
+    assert not out.exists()
+
+
+def test_a_changed_haystack_file_is_another_haystack(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    out, book = tmp_path / "needle.jsonl", tmp_path / "book.txt"
+    grid = NeedleGrid(lengths=(200,), depths=(50.0,), haystack=str(book))
+    for text in ("the sky is clear", "the road is long", "the road is long"):
+        book.write_text(text)
+        list(run_needle(model, tokenizer, grid, out=out))
+    first, second = (row.haystack for row in read_rows(out))
+    assert first.startswith(f"{book} (")
+    assert first != second
+
+
 def test_a_tokenizer_without_an_end_is_refused(model: Any, checkpoint: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -13,7 +13,9 @@ from lowcontext.eval.ruler.tasks import (
     TASKS,
     Sources,
     available_tasks,
+    check_length,
     make_ruler_sample,
+    source_label,
     source_of,
 )
 
@@ -86,10 +88,12 @@ def run_ruler(
         Nothing runs until it is read.
 
     Raises:
-        ValueError: If a length exceeds the model's positions, if the tokenizer has no
-            end-of-sequence token, or if ``out`` cannot be written.
+        ValueError: If a length exceeds the model's positions or has no room for the first sample of
+            a task, if the tokenizer has no end-of-sequence token, or if ``out`` cannot be written.
     """
     check_model(model, tokenizer, max(run.lengths))
+    for length, task in dict.fromkeys((length, task) for length, task, _ in run.cells()):
+        check_length(tokenizer, task, length=length, seed=run.seed, sources=run.sources)
     runner = _Runner(model, tokenizer, run, method, stats)
     book = RowFile(out, RulerRow) if out is not None else None
     return recorded(run.cells(), runner.key, runner.run_cell, book)
@@ -103,13 +107,14 @@ class _Runner:
     ) -> None:
         self.tokenizer, self.run, self.method = tokenizer, run, method
         self.name = model_label(model)
+        tasks = dict.fromkeys(task for _, task, _ in run.cells())
+        self.labels = {task: source_label(task, run.sources) for task in tasks}
         self.answerer = Answerer(model, tokenizer, run.chunk, stats)
 
     def key(self, cell: Cell) -> RowKey:
         length, task, sample = cell
-        source = source_of(task, self.run.sources)
-        seed = self.run.seed + sample
-        return (self.name, self.method, task, source, length, sample, seed, self.run.chunk)
+        place = (self.labels[task], length, sample, self.run.seed + sample)
+        return (self.name, self.method, task, *place, self.run.chunk)
 
     def run_cell(self, cell: Cell) -> RulerRow:
         length, task, sample = cell
@@ -120,7 +125,7 @@ class _Runner:
             model=self.name,
             method=self.method,
             task=task,
-            source=str(source_of(task, sources)),
+            source=self.labels[task],
             length=length,
             sample=sample,
             seed=seed,

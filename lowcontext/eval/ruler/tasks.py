@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from lowcontext.eval.haystack import HAYSTACKS, haystack_words
-from lowcontext.eval.prompt import Rendered, Room, fill, tokenize
+from lowcontext.eval.haystack import HAYSTACKS, file_label, haystack_label, haystack_words
+from lowcontext.eval.prompt import Rendered, Room, fill, fit_frame, tokenize
 from lowcontext.eval.ruler import puzzles
 from lowcontext.eval.ruler.documents import read_collection
 from lowcontext.eval.ruler.puzzles import NeedleKind, Puzzle
@@ -21,8 +21,8 @@ class Sources:
     """Where the text of the tasks comes from.
 
     Attributes:
-        haystack: Haystack of the tasks that RULER hides in essays: ``"words"``, ``"noise"`` or a
-            text file.
+        haystack: Haystack of the tasks that RULER hides in essays: ``"words"``, ``"noise"``,
+            ``"wonderwords"`` or a text file.
         squad: JSON file for ``qa_1``, in the format of SQuAD.
         hotpot: JSON file for ``qa_2``, in the format of HotpotQA.
     """
@@ -113,6 +113,14 @@ def source_of(task: str, sources: Sources) -> str | None:
     return found
 
 
+def source_label(task: str, sources: Sources) -> str:
+    """Returns what names a task's source in the rows of a run: of a file its path and digest."""
+    source = str(source_of(task, sources))
+    if TASKS[task].source == "haystack":
+        return haystack_label(source)
+    return file_label(source) if hasattr(sources, TASKS[task].source) else source
+
+
 def make_ruler_sample(
     tokenizer: Any, task: str, *, length: int, seed: int, sources: Sources | None = None
 ) -> RulerSample:
@@ -131,22 +139,39 @@ def make_ruler_sample(
     Raises:
         ValueError: If the task is unknown, lacks its file, or does not fit into ``length``.
     """
-    given = sources or Sources()
-    source = source_of(task, given)
+    puzzle, room, render = _drawn(tokenizer, task, length, seed, sources or Sources())
+    words, prompt, ids = fill(render, room, coarse=puzzle.coarse)
+    if puzzle.coarse:
+        _, prompt, ids = fill(lambda noise: render(words, noise), room)
+    return RulerSample(prompt, ids, puzzle.answers)
+
+
+def check_length(
+    tokenizer: Any, task: str, *, length: int, seed: int, sources: Sources | None = None
+) -> None:
+    """Refuses a length that a sample's frame does not fit, before anything is run.
+
+    Raises:
+        ValueError: As ``make_ruler_sample``.
+    """
+    _, room, render = _drawn(tokenizer, task, length, seed, sources or Sources())
+    fit_frame(render, room)
+
+
+def _drawn(
+    tokenizer: Any, task: str, length: int, seed: int, sources: Sources
+) -> tuple[Puzzle, Room, Callable[..., Rendered]]:
+    """What a sample hides and asks, its room, and its prompt around so many words (and noise)."""
+    source = source_of(task, sources)
     kind = TASKS[task]
     if source is None:
         raise ValueError(f"tasks: expected --{kind.source} FILE with task {task!r}, got none")
     rng = random.Random(f"{task}|{source}|{length}|{seed}")
     puzzle = kind.build(length, seed, rng, source)
 
-    room = Room(length, kind.answer_room, task, source)
-
     def render(words: int, noise: int = 0) -> Rendered:
         padding = [" ".join(haystack_words("noise", noise, rng))] if noise else []
         parts = [puzzle.preamble, puzzle.body(words), *padding, puzzle.question]
         return tokenize(tokenizer, " ".join(parts), puzzle.prefix)
 
-    words, prompt, ids = fill(render, room, coarse=puzzle.coarse)
-    if puzzle.coarse:
-        _, prompt, ids = fill(lambda noise: render(words, noise), room)
-    return RulerSample(prompt, ids, puzzle.answers)
+    return puzzle, Room(length, kind.answer_room, task, source), render
