@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,19 @@ COLOURS = ("#b3541e", "#f0a35e", "#fbf1d0", "#7fb2d6", "#1f5f99")
 
 # Inches.
 LEFT, RIGHT, TOP, BOTTOM = 0.85, 1.0, 0.45, 0.5
-GAP_X, GAP_Y, HEADER, GROUP = 0.3, 0.6, 0.8, 0.2
+GAP_X, GAP_Y, GROUP, LINE = 0.3, 0.6, 0.2, 0.146
 MIN_FIGURE, MIN_WIDTH, CELL_WIDTH, CELL_HEIGHT = 5.2, 2.4, 0.5, 0.3
-LINE_CHARS = 46
+CHAR = 0.0081  # mean width of a character per point of font size, a little generous
+SETTINGS_LINES = 2
 
 
 @dataclass(frozen=True)
 class _Grid:
-    """Lengths and depths of all heatmaps, and the size of one in inches."""
+    """Lengths, depths and settings of all heatmaps, and the size of one in inches."""
 
     lengths: list[int]
     depths: list[float]
+    methods: list[str]
 
     @property
     def width(self) -> float:
@@ -35,6 +38,16 @@ class _Grid:
     @property
     def height(self) -> float:
         return max(0.9, CELL_HEIGHT * len(self.depths))
+
+    @property
+    def settings(self) -> int:
+        """Lines of settings above a heatmap, so that all names stand at one height."""
+        return max(len(method_lines(method, 7.5, self.width)) - 1 for method in self.methods)
+
+    @property
+    def header(self) -> float:
+        """Name, settings and three lines of figures."""
+        return 0.3 + LINE * (self.settings + 3)
 
 
 def plot_needle(
@@ -69,14 +82,19 @@ def plot_needle(
     groups: dict[tuple[str, str], dict[str, list[NeedleRow]]] = {}
     for row in found:
         groups.setdefault((row.task, row.haystack), {}).setdefault(row.method, []).append(row)
-    grid = _Grid(sorted({row.length for row in found}), sorted({row.depth for row in found}))
+    grid = _Grid(
+        sorted({row.length for row in found}),
+        sorted({row.depth for row in found}),
+        list(dict.fromkeys(row.method for row in found)),
+    )
 
     wide = min(columns, max(len(methods) for methods in groups.values()))
     lines = {group: -(-len(methods) // wide) for group, methods in groups.items()}
     panels = LEFT + wide * (grid.width + GAP_X) - GAP_X
     width = max(MIN_FIGURE, panels + RIGHT)
     height = TOP + BOTTOM + len(groups) * GROUP
-    height += sum(lines.values()) * (HEADER + grid.height + GAP_Y) - GAP_Y
+    step = grid.header + grid.height + GAP_Y
+    height += sum(lines.values()) * step - GAP_Y
     figure = Figure(figsize=(width, height), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     colours = LinearSegmentedColormap.from_list("accuracy", COLOURS).with_extremes(bad=NO_DATA)
@@ -96,15 +114,15 @@ def plot_needle(
         top += GROUP
         for place, (method, part) in enumerate(methods.items()):
             line, column = divmod(place, wide)
-            panel_top = top + line * (HEADER + grid.height + GAP_Y) + HEADER
+            panel_top = top + line * step + grid.header
             left = LEFT + column * (grid.width + GAP_X)
             axes = add_axes(left, panel_top, (grid.width, grid.height))
             images.append(_draw_cells(axes, part, grid, colours))
-            _draw_header(axes, method, part)
+            _draw_header(axes, method, part, grid)
             _draw_ticks(axes, grid, first=column == 0)
             axes.set_xlabel("context (tokens)", color=FAINT, fontsize=8)
-        top += lines[group] * (HEADER + grid.height + GAP_Y)
-    bar_axes = add_axes(panels + 0.25, TOP + GROUP + HEADER, (0.13, grid.height))
+        top += lines[group] * step
+    bar_axes = add_axes(panels + 0.25, TOP + GROUP + grid.header, (0.13, grid.height))
     bar = figure.colorbar(images[0], cax=bar_axes, ticks=[0, 0.5, 1])
     bar.ax.set_yticklabels(["0%", "50%", "100%"], fontsize=8, color=INK)
     bar.ax.tick_params(length=0)
@@ -146,13 +164,17 @@ def _draw_ticks(axes: Any, grid: _Grid, *, first: bool) -> None:
         axes.set_ylabel("needle depth", color=FAINT, fontsize=8)
 
 
-def _draw_header(axes: Any, method: str, rows: list[NeedleRow]) -> None:
-    """Writes the method's name and three quiet lines of figures above a heatmap."""
-    name, bracket, options = method.partition("(")
-    lines = [options.removesuffix(")") if bracket else "", *_figures(rows)]
+def _draw_header(axes: Any, method: str, rows: list[NeedleRow], grid: _Grid) -> None:
+    """Writes the method's name and quiet lines of settings and figures above a heatmap."""
+    _, *settings = method_lines(method, 7.5, grid.width)
+    (name,) = textwrap.wrap(
+        method.partition("(")[0], _chars(10.5, grid.width), max_lines=1, placeholder="…"
+    )
+    missing = grid.settings - len(settings)
+    lines = [*settings, *[""] * missing, *_figures(rows)]
     for place, line in enumerate(reversed(lines)):
-        _write_above(axes, 5 + 10.5 * place, _shorten(line), size=7.5, color=FAINT)
-    _write_above(axes, 7 + 10.5 * len(lines), _shorten(name), size=10.5, color=INK, weight="bold")
+        _write_above(axes, 5 + 72 * LINE * place, line, size=7.5, color=FAINT)
+    _write_above(axes, 7 + 72 * LINE * len(lines), name, size=10.5, color=INK, weight="bold")
 
 
 def _write_above(axes: Any, points: float, text: str, *, size: float, **style: str) -> None:
@@ -175,15 +197,18 @@ def _figures(rows: list[NeedleRow]) -> list[str]:
     interval = f"[{100 * overall.low:.0f}–{100 * overall.high:.0f}%]"
     return [
         f"accuracy {overall.accuracy:.0%} {interval}, n = {overall.samples}",
-        f"at {tokens(longest.length or 0)}: {_costs(longest)}",
+        f"at {tokens(longest.length or 0)}: {_density(longest)}",
+        _times(longest),
     ]
 
 
-def _costs(line: SummaryRow) -> str:
-    parts = [] if line.density is None else [f"density {100 * line.density:.3g}%"]
-    parts.append(f"TTFT {line.ttft_s:.2f} s")
-    parts += [] if line.tpot_s is None else [f"TPOT {1e3 * line.tpot_s:.0f} ms"]
-    return ", ".join(parts)
+def _density(line: SummaryRow) -> str:
+    return "density not known" if line.density is None else f"density {100 * line.density:.3g}%"
+
+
+def _times(line: SummaryRow) -> str:
+    per_token = "" if line.tpot_s is None else f", TPOT {1e3 * line.tpot_s:.0f} ms"
+    return f"TTFT {line.ttft_s:.2f} s{per_token}"
 
 
 def _share(outcomes: list[bool]) -> float:
@@ -200,5 +225,24 @@ def tokens(length: int) -> str:
     return f"{length // 1024}K" if length % 1024 == 0 else str(length)
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= LINE_CHARS else f"{text[: LINE_CHARS - 1]}…"
+def method_lines(label: str, size: float, width: float) -> list[str]:
+    """A method's name, and the settings that are not its defaults in at most two lines.
+
+    Args:
+        label: The method as rows name it.
+        size: Font size of the settings.
+        width: Inches that there are for them.
+
+    Returns:
+        The name, then no line, one or two; what does not fit is cut off.
+    """
+    name, _, options = label.partition("(")
+    settings = textwrap.wrap(
+        options.removesuffix(")"), _chars(size, width), max_lines=SETTINGS_LINES, placeholder=" …"
+    )
+    return [name, *settings]
+
+
+def _chars(size: float, width: float) -> int:
+    """Characters of a font size that fit a width in inches."""
+    return int(width / (CHAR * size))

@@ -13,7 +13,7 @@ from typing import TypeVar
 from lowcontext.eval.plots import plot_needle
 from lowcontext.eval.records import NeedleRow, RulerRow, read_rows, read_ruler_rows
 from lowcontext.eval.ruler.plots import plot_ruler
-from lowcontext.eval.ruler.summary import RulerSummary, summarize_ruler
+from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_ruler
 from lowcontext.eval.summary import SummaryRow, summarize
 
 LineT = TypeVar("LineT", NeedleRow, RulerRow, RulerSummary)
@@ -21,7 +21,7 @@ LineT = TypeVar("LineT", NeedleRow, RulerRow, RulerSummary)
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#1f2933}
 body{max-width:76rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}h3{font-size:1rem}
 .wide{overflow-x:auto}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
 th,td{padding:.25rem .6rem;text-align:right;border-bottom:1px solid #e6e8eb;white-space:nowrap}
@@ -29,6 +29,7 @@ th{color:#66727f;font-weight:600}
 th:first-child,td:first-child,th:nth-child(2),td:nth-child(2){text-align:left}
 td:nth-child(2){white-space:normal;overflow-wrap:anywhere;min-width:9rem;max-width:20rem}
 tr.below td{color:#b3541e;font-weight:600}
+tr.first td{border-top:2px solid #9aa5b1}
 figure{margin:1rem 0}
 img{max-width:100%;height:auto}
 p{color:#66727f;max-width:46rem}
@@ -102,7 +103,7 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
         lines = [
             _named(line, run, several_ruler) for run in runs for line in summarize_ruler(run.ruler)
         ]
-        parts.append(_ruler_table(lines))
+        parts.append(_ruler_tables(lines))
     if needle:
         parts.append("<h2>Needle in a haystack</h2>")
         parts.append(_picture(plot_needle(needle, target / "needle.png")))
@@ -145,24 +146,42 @@ def _picture(path: Path) -> str:
     return f"<figure>{image}</figure>"
 
 
-def _table(head: Sequence[str], body: Sequence[tuple[Sequence[str], bool]]) -> str:
+def _table(head: Sequence[str], body: Sequence[tuple[Sequence[str], str]]) -> str:
+    """A table from its head and from (cells, CSS classes) of its rows."""
+
     def cells(tag: str, values: Sequence[str]) -> str:
         return "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values)
 
-    rows = "".join(
-        f"<tr{' class=below' if below else ''}>{cells('td', values)}</tr>" for values, below in body
-    )
+    rows = "".join(f'<tr class="{classes}">{cells("td", values)}</tr>' for values, classes in body)
     head_row = f"<tr>{cells('th', head)}</tr>"
     return f'<div class="wide"><table>{head_row}{rows}</table></div>'
 
 
+def _ruler_tables(lines: Sequence[RulerSummary]) -> str:
+    """A table per length: all tasks together, then task by task."""
+    note = (
+        "<p>diff: score less that of dense on the same prompts of the same run, with its 95% "
+        "interval; coloured where all of it lies below zero. read: share of causal pairs in "
+        "prefill. decode: share of cached keys, empty where no answer had a second token. Times "
+        "are medians.</p>"
+    )
+    tasks = list(dict.fromkeys(line.task for line in lines if line.task != ALL_TASKS))
+    tables = []
+    for length in sorted({line.length for line in lines}):
+        here = [line for line in lines if line.length == length]
+        ordered = [line for task in (ALL_TASKS, *tasks) for line in here if line.task == task]
+        tables.append(f"<h3>{length} tokens</h3>{_ruler_table(ordered)}")
+    return note + "".join(tables)
+
+
 def _ruler_table(lines: Sequence[RulerSummary]) -> str:
-    head = ("task", "method", "tokens", "n", "score %", "95%", "diff", "95%")
+    head = ("task", "method", "n", "score %", "95%", "diff", "95%")
     costs = ("read", "decode", "TTFT s", "TPOT ms", "peak MiB")
-    places = {task: place for place, task in enumerate(dict.fromkeys(x.task for x in lines))}
-    ordered = sorted(lines, key=lambda line: (line.length, places[line.task]))
     body = []
-    for line in ordered:
+    before = ""
+    for line in lines:
+        classes = ["below"] * line.below + ["first"] * (line.task != before)
+        before = line.task
         gap = _number(line.difference, 100, "+.0f")
         low, high = (
             _number(end, 100, "+.0f") for end in (line.difference_low, line.difference_high)
@@ -170,7 +189,6 @@ def _ruler_table(lines: Sequence[RulerSummary]) -> str:
         values = (
             line.task,
             line.method,
-            str(line.length),
             str(line.samples),
             _number(line.score, 100, ".0f"),
             f"{_number(line.low, 100, '.0f')} to {_number(line.high, 100, '.0f')}",
@@ -182,13 +200,8 @@ def _ruler_table(lines: Sequence[RulerSummary]) -> str:
             _number(line.tpot_s, 1e3, ".1f"),
             _number(line.peak_mib, 1, ".0f"),
         )
-        body.append((values, line.below))
-    note = (
-        "<p>diff: score less that of dense on the same prompts of the same run, with its 95% "
-        "interval; coloured where all of it lies below zero. read: share of causal pairs in "
-        "prefill. decode: share of cached keys. Times are medians.</p>"
-    )
-    return _table((*head, *costs), body) + note
+        body.append((values, " ".join(classes)))
+    return _table((*head, *costs), body)
 
 
 def _needle_table(lines: Sequence[SummaryRow]) -> str:
@@ -207,7 +220,7 @@ def _needle_table(lines: Sequence[SummaryRow]) -> str:
                 _number(line.ttft_s, 1, ".2f"),
                 _number(line.tpot_s, 1e3, ".1f"),
             ),
-            False,
+            "",
         )
         for line in lines
     ]

@@ -18,6 +18,9 @@ from lowcontext.methods import LayerContext, Method
 from lowcontext.methods.base import Moved
 from lowcontext.ops import attention, sparse_attention
 
+_COLOURS = {"mass": ("softmax mass read", "viridis"), "error": ("error of the output", "magma_r")}
+_HEADS_WITH_FIGURES = 8
+
 
 @dataclass(frozen=True)
 class HeadFidelity:
@@ -177,7 +180,10 @@ def write_rows(found: Sequence[HeadFidelity], path: str | Path) -> Path:
 
 
 def plot_fidelity(found: Sequence[HeadFidelity], path: str | Path) -> Path:
-    """Draws, per method and phase, a map of layers and heads: mass read, and error of the output.
+    """Draws, per method, maps of layers and heads: mass read and error of the output, by phase.
+
+    Errors from 1 on, as large as the output itself, have one colour. With few heads the cells hold
+    their figures.
 
     Args:
         found: from `measure_fidelity`.
@@ -191,51 +197,47 @@ def plot_fidelity(found: Sequence[HeadFidelity], path: str | Path) -> Path:
     """
     if not found:
         raise ValueError("found: expected at least one row, got none")
-    groups: dict[tuple[str, str], list[HeadFidelity]] = {}
-    for row in found:
-        groups.setdefault((row.method, row.phase), []).append(row)
+    methods = list(dict.fromkeys(row.method for row in found))
+    phases = list(dict.fromkeys(row.phase for row in found))
+    maps = [(phase, name) for phase in phases for name in _COLOURS]
     layers = sorted({row.layer for row in found})
     heads = max(row.head for row in found) + 1
-    width, height = max(2.2, 0.22 * heads), max(0.9, 0.2 * len(layers))
-    size = width + 1.5, height + 0.95
-    figure, axes, target = grid_figure(path, len(groups), 2, size)
-    worst = max(row.error for row in found)
-    for line, ((method, phase), rows) in zip(axes, groups.items(), strict=True):
-        for axis, name, ends, colours in zip(
-            line,
-            ("mass", "error"),
-            ((0.0, 1.0), (0.0, worst or 1.0)),
-            ("viridis", "magma_r"),
-            strict=True,
-        ):
+    size = max(2.2, 0.22 * heads) + 0.3, max(0.8, 0.2 * len(layers)) + 0.6
+    figure, axes, target = grid_figure(path, len(methods), len(maps), size)
+    for column, (phase, name) in enumerate(maps):
+        title, colours = _COLOURS[name]
+        for line, method in enumerate(methods):
+            axis = axes[line, column]
             table = torch.full((len(layers), heads), torch.nan)
-            for row in rows:
-                table[layers.index(row.layer), row.head] = getattr(row, name)
-            image = axis.imshow(
-                table.numpy(), cmap=colours, vmin=ends[0], vmax=ends[1], aspect="auto"
-            )
+            for row in found:
+                if (row.method, row.phase) == (method, phase):
+                    table[layers.index(row.layer), row.head] = getattr(row, name)
+            image = axis.imshow(table.numpy(), cmap=colours, vmin=0.0, vmax=1.0, aspect="auto")
+            if heads <= _HEADS_WITH_FIGURES:
+                _write_cells(axis, table, image)
             axis.set_yticks(range(len(layers)), [str(layer) for layer in layers])
             axis.set_xticks(range(heads), [str(head) for head in range(heads)])
             axis.set_xlabel("query head", fontsize=8, color=FAINT)
-            axis.set_ylabel("layer", fontsize=8, color=FAINT)
-            axis.set_title(
-                "softmax mass read" if name == "mass" else "error of the output",
-                fontsize=8.5,
-                color=FAINT,
-                loc="left",
-            )
             plain_axis(axis)
-            bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.03)
-            bar.ax.tick_params(labelsize=7, colors=INK)
-        line[0].annotate(
-            f"{method}, {phase}",
-            xy=(0, 1),
-            xytext=(0, 18),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            fontsize=9.5,
-            color=INK,
-            weight="bold",
+        extend = "max" if name == "error" else "neither"
+        bar = figure.colorbar(
+            image, ax=list(axes[:, column]), location="top", aspect=30, extend=extend
         )
+        bar.set_label(f"{phase}: {title}", fontsize=8.5, color=INK)
+        bar.ax.tick_params(labelsize=7, colors=INK)
+    for axis, method in zip(axes[:, 0], methods, strict=True):
+        axis.set_ylabel("layer", fontsize=8, color=FAINT)
+        axis.set_title(method, fontsize=9.5, color=INK, weight="bold", loc="left")
     figure.savefig(target)
     return target
+
+
+def _write_cells(axis: Any, table: Tensor, image: Any) -> None:
+    """Writes the figures into a map, light on dark."""
+    for y, line in enumerate(table.tolist()):
+        for x, value in enumerate(line):
+            if value == value:
+                red, green, blue, _ = image.cmap(image.norm(value))
+                dark = 0.3 * red + 0.6 * green + 0.1 * blue < 0.5
+                style = {"fontsize": 7, "color": "white" if dark else INK}
+                axis.text(x, y, f"{value:.2f}", ha="center", va="center", **style)

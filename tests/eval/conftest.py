@@ -1,4 +1,4 @@
-"""The retrieval checkpoint, written and loaded once for all tests of the evaluation."""
+"""The retrieval checkpoint, written and loaded once, and the figures that a test saves."""
 
 from __future__ import annotations
 
@@ -27,3 +27,19 @@ def model(checkpoint: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Figures by the names of the files they are saved to."""
+    from matplotlib.figure import Figure
+
+    figures: dict[str, Any] = {}
+    save = Figure.savefig
+
+    def keep(figure: Any, target: Path, *args: Any, **options: Any) -> None:
+        figures[Path(target).name] = figure
+        save(figure, target, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return figures

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
-from result_rows import NEEDLE
+from result_rows import LABELS, NEEDLE, overlaps
 
 from lowcontext.eval import NeedleRow, plot_needle, summarize
 from lowcontext.eval.plots import COLOURS
@@ -96,6 +97,19 @@ def test_the_figure_takes_several_methods_tasks_and_gaps(tmp_path: Path) -> None
     two = plot_needle(several, tmp_path / "needle.png", title="Two methods")
     assert one.stat().st_size > 10_000
     assert two.stat().st_size > 10_000
+
+
+def test_no_text_of_the_figure_touches_another(tmp_path: Path, drawn: dict[str, Any]) -> None:
+    slow = replace(ROW, ttft_s=123.45, tpot_s=0.1234, density=0.1234, haystack="some/book.txt")
+    mixed = [
+        replace(slow, method=method, length=length, depth=depth, correct=length < 5000)
+        for method in LABELS
+        for length in (4096, 16384, 131072)
+        for depth in (0.0, 50.0, 100.0)
+    ]
+    for name, part in (("many", mixed), ("one", mixed[:1]), ("two", mixed[:12])):
+        plot_needle(part, tmp_path / f"{name}.png")
+        assert not overlaps(drawn[f"{name}.png"])
 
 
 def test_a_vector_figure_names_methods_and_costs(tmp_path: Path) -> None:

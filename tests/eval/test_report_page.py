@@ -35,14 +35,25 @@ def test_each_run_is_compared_with_its_own_dense_rows(tmp_path: Path) -> None:
     one = write(tmp_path / "a" / "ruler.jsonl", run(score=0.0, dense=1.0))
     two = write(tmp_path / "b" / "ruler.jsonl", run(score=0.0, dense=0.0))
     page = write_report(load_runs([one, two]), tmp_path / "page")
-    found = {row[1]: row[6] for row in cells(page) if row and row[0] == "vt"}
+    found = {row[1]: row[5] for row in cells(page) if row and row[0] == "vt"}
     assert found == {
         "a/ruler: dense": "",
         "a/ruler: hip": "-100",
         "b/ruler: dense": "",
         "b/ruler: hip": "+0",
     }
-    assert page.read_text().count("<tr class=below>") == 2  # the task and all tasks together
+    assert page.read_text().count('<tr class="below') == 2  # the task and all tasks together
+
+
+def test_a_table_per_length_begins_with_all_tasks_together(tmp_path: Path) -> None:
+    rows = [
+        replace(RULER, task=task, length=length)
+        for length in (16384, 4096)
+        for task in ("vt", "fwe")
+    ]
+    page = write_report(load_runs([write(tmp_path / "r.jsonl", rows)]), tmp_path)
+    assert re.findall(r"<h3>(\d+) tokens</h3>", page.read_text()) == ["4096", "16384"]
+    assert [row[0] for row in cells(page) if row] == ["all", "vt", "fwe"] * 2
 
 
 def test_the_page_needs_no_other_file_and_escapes_names(tmp_path: Path) -> None:

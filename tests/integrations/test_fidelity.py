@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,23 @@ def test_rows_and_picture_are_written(model: Any, ids: torch.Tensor, tmp_path: P
     assert [json.loads(line)["head"] for line in lines] == [row.head for row in found]
     picture = plot_fidelity(found, tmp_path / "deep" / "map.png")
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_picture_has_a_map_per_phase_and_figures_where_heads_are_few(
+    model: Any, ids: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, _target: drawn.append(figure))
+    found = measure_fidelity(model, ids, get_method("streaming_llm", window=32), steps=2)
+    plot_fidelity(found, tmp_path / "map.png")
+    plot_fidelity([replace(row, head=row.head + 9) for row in found], tmp_path / "many.png")
+    few, many = ([axes for axes in figure.axes if axes.images] for figure in drawn)
+    assert [axes.get_title(loc="left") for axes in few] == ["streaming_llm(window=32)", "", "", ""]
+    values = [text.get_text() for text in few[0].texts]
+    assert values == [f"{row.mass:.2f}" for row in found if row.phase == "prefill"]
+    assert not many[0].texts
 
 
 def test_too_many_steps_and_no_rows_are_refused(

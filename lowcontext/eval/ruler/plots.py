@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.plots import COLOURS, FAINT, INK, NO_DATA, tokens
+from lowcontext.eval.plots import COLOURS, FAINT, INK, NO_DATA, method_lines, tokens
 from lowcontext.eval.records import RulerRow
 from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_ruler
 
@@ -14,7 +14,8 @@ from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_rul
 SERIES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d31")
 MARKERS = "osD^vP*X"
 PANEL_COLUMNS = 3
-LABEL_CHARS = 34
+LEGEND = 2.2  # inches
+PHASES = {"prefill": "density", "decode": "density_decode"}
 
 
 def plot_ruler(rows: Iterable[RulerRow], folder: str | Path) -> list[Path]:
@@ -65,8 +66,8 @@ def _scores(lines: Sequence[RulerSummary]) -> Any:
     found = {(line.method, line.task, line.length): line.score for line in lines}
     columns = min(PANEL_COLUMNS, len(methods))
     height = -(-len(methods) // columns)
-    width = max(1.9, 0.62 * len(lengths))
-    figure = _figure(1.5 + columns * (width + 0.25) + 0.5, 0.5 + height * (0.3 * len(tasks) + 0.75))
+    width = max(2.1, 0.62 * len(lengths))
+    figure = _figure(1.6 + columns * (width + 0.25) + 0.6, 0.5 + height * (0.3 * len(tasks) + 0.85))
     figure.suptitle("RULER suite: mean score in %", color=INK, weight="bold", fontsize=11)
     panels = figure.subplots(height, columns, squeeze=False).flatten()
     colours = LinearSegmentedColormap.from_list("score", COLOURS).with_extremes(bad=NO_DATA)
@@ -86,7 +87,8 @@ def _scores(lines: Sequence[RulerSummary]) -> Any:
                 text = f"{100 * value:.0f}" if value == value else "–"
                 style = {"fontsize": 7.5, "color": "white" if dark else INK}
                 axes.text(x, y, text, ha="center", va="center", **style)
-        axes.set_title(_wrapped(methods[place]), fontsize=8, color=INK, loc="left")
+        title = "\n".join(method_lines(methods[place], 8, width))
+        axes.set_title(title, fontsize=8, color=INK, loc="left")
         axes.set_xticks(range(len(lengths)), [tokens(n) for n in lengths], fontsize=7.5)
         names = tasks if place % columns == 0 else [""] * len(tasks)
         axes.set_yticks(range(len(tasks)), names, fontsize=7.5)
@@ -102,39 +104,58 @@ def _scores(lines: Sequence[RulerSummary]) -> Any:
 
 
 def _density(lines: Sequence[RulerSummary]) -> Any:
-    """Score over all tasks against the share of pairs read, one panel per length."""
+    """Score over all tasks against the share of pairs read in prefill and, below, in decode."""
     lengths = sorted({line.length for line in lines})
     columns = min(PANEL_COLUMNS, len(lengths))
     height = -(-len(lengths) // columns)
-    figure = _figure(2.4 + 2.7 * columns, 0.5 + 3.1 * height)
-    figure.suptitle("Score against density of prefill", color=INK, weight="bold", fontsize=11)
-    panels = figure.subplots(height, columns, sharey=True, squeeze=False).flatten()
-    for axes in panels[len(lengths) :]:
-        axes.set_axis_off()
-    for axes, length in zip(panels, lengths, strict=False):
-        for style, line in _series(lines, length):
-            if line.density is None:
-                continue
-            error = [[100 * (line.score - line.low)], [100 * (line.high - line.score)]]
-            axes.errorbar(
-                [100 * line.density], [100 * line.score], yerr=error, capsize=3, lw=1, **style
-            )
-        axes.set_title(tokens(length), fontsize=9, color=INK)
-        axes.set_xlim(0, 104)
-        axes.xaxis.set_major_formatter("{x:g}%")
-        axes.set_xlabel("pairs read", fontsize=8, color=FAINT)
-        axes.set_ylim(-4, 104)
-        _quiet(axes)
-    for axes in panels[::columns]:
+    figure = _figure(
+        0.7 + LEGEND + 2.5 * columns, max(0.5 + 2.7 * height * len(PHASES), _legend_height(lines))
+    )
+    figure.suptitle("Score against density", color=INK, weight="bold", fontsize=11)
+    panels = figure.subplots(height * len(PHASES), columns, sharey=True, squeeze=False)
+    for place, (phase, field) in enumerate(PHASES.items()):
+        part = panels[place * height : (place + 1) * height].flatten()
+        for axes in part[len(lengths) :]:
+            axes.set_axis_off()
+        for axes, length in zip(part, lengths, strict=False):
+            axes.set_title(f"{tokens(length)}, {phase}", fontsize=9, color=INK)
+            _score_against(axes, _series(lines, length), field)
+    for axes in panels[:, 0]:
         axes.set_ylabel("mean score in % (95% interval)", fontsize=8, color=FAINT)
-    _legend(figure, panels[0])
+    _legend(figure, lines)
     return figure
+
+
+def _score_against(
+    axes: Any, series: Sequence[tuple[dict[str, Any], RulerSummary]], field: str
+) -> None:
+    """Draws the scores of one length over a density, and names the methods that have none."""
+    unknown = []
+    for style, line in series:
+        density = getattr(line, field)
+        if density is None:
+            unknown.append(line.method.partition("(")[0])
+            continue
+        error = [[100 * (line.score - line.low)], [100 * (line.high - line.score)]]
+        axes.errorbar([100 * density], [100 * line.score], yerr=error, capsize=2, lw=0.8, **style)
+    if unknown:
+        note = "\n".join(["not measured:", *unknown])
+        place = {"xy": (0.03, 0.03), "xycoords": "axes fraction", "va": "bottom"}
+        axes.annotate(note, fontsize=7, color=FAINT, **place)
+    axes.set_xscale("log")
+    axes.set_xlim(1, 130)
+    axes.set_xticks([1, 3, 10, 30, 100])
+    axes.minorticks_off()
+    axes.xaxis.set_major_formatter("{x:g}%")
+    axes.set_xlabel("pairs read", fontsize=8, color=FAINT)
+    axes.set_ylim(-4, 104)
+    _quiet(axes)
 
 
 def _latency(lines: Sequence[RulerSummary]) -> Any:
     """Median times to first token and per token against length."""
     lengths = sorted({line.length for line in lines})
-    figure = _figure(8.0, 3.6)
+    figure = _figure(5.8 + LEGEND, max(3.6, _legend_height(lines)))
     figure.suptitle("Median times against length", color=INK, weight="bold", fontsize=11)
     left, right = figure.subplots(1, 2)
     drawn: dict[str, tuple[dict[str, Any], list[RulerSummary]]] = {}
@@ -154,7 +175,7 @@ def _latency(lines: Sequence[RulerSummary]) -> Any:
         axes.set_xlabel("context (tokens)", fontsize=8, color=FAINT)
         axes.set_title(label, fontsize=9, color=INK)
         _quiet(axes)
-    _legend(figure, left)
+    _legend(figure, lines)
     return figure
 
 
@@ -164,23 +185,16 @@ def _series(
     """The lines over all tasks at a length, each with the style of its method."""
     methods = _distinct(lines, "method")
     return [
-        (
-            {
-                "color": SERIES[methods.index(line.method) % len(SERIES)],
-                "marker": _marker(methods.index(line.method)),
-                "markersize": 5,
-                "label": _wrapped(line.method),
-            },
-            line,
-        )
+        (_style(methods.index(line.method)), line)
         for line in lines
         if line.length == length and line.task == ALL_TASKS
     ]
 
 
-def _marker(place: int) -> str:
-    """A marker; where the colours come round again they meet other markers."""
-    return MARKERS[(place + place // len(SERIES)) % len(MARKERS)]
+def _style(place: int) -> dict[str, Any]:
+    """Colour and marker of a method; where the colours come round again they meet other markers."""
+    marker = MARKERS[(place + place // len(SERIES)) % len(MARKERS)]
+    return {"color": SERIES[place % len(SERIES)], "marker": marker, "markersize": 5}
 
 
 def _quiet(axes: Any) -> None:
@@ -192,22 +206,28 @@ def _quiet(axes: Any) -> None:
         spine.set_color("#c6ccd2")
 
 
-def _legend(figure: Any, axes: Any) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside right center", fontsize=7.5, frameon=False, labelcolor=INK
-        )
+def _legend(figure: Any, lines: Sequence[RulerSummary]) -> None:
+    """Names every method of the run, whichever panels it is in."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linewidth=1.2, label="\n".join(_legend_label(method)), **_style(place))
+        for place, method in enumerate(_distinct(lines, "method"))
+    ]
+    figure.legend(
+        handles=handles, loc="outside right center", fontsize=7.5, frameon=False, labelcolor=INK
+    )
+
+
+def _legend_label(method: str) -> list[str]:
+    return method_lines(method, 7.5, LEGEND - 0.4)
+
+
+def _legend_height(lines: Sequence[RulerSummary]) -> float:
+    """Inches that the legend needs, and the title above it."""
+    labels = [_legend_label(method) for method in _distinct(lines, "method")]
+    return 0.6 + sum(0.13 * len(label) + 0.06 for label in labels)
 
 
 def _distinct(lines: Sequence[RulerSummary], field: str) -> list[str]:
     return list(dict.fromkeys(getattr(line, field) for line in lines))
-
-
-def _wrapped(label: str) -> str:
-    """The method's name, and below it the settings that are not its defaults, cut short."""
-    name, bracket, options = label.partition("(")
-    settings = options.removesuffix(")")
-    if len(settings) > LABEL_CHARS:
-        settings = f"{settings[: LABEL_CHARS - 1]}…"
-    return f"{name}\n{settings}" if bracket else name

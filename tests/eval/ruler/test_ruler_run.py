@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import resource
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from result_rows import RULER
+from result_rows import LABELS, RULER, overlaps
 
 from lowcontext.eval.records import RowFile, RulerRow, read_ruler_rows
 from lowcontext.eval.ruler import RulerRun, Sources, plot_ruler, run_ruler, summarize_ruler
@@ -126,9 +127,77 @@ def test_pictures_take_gaps_and_missing_figures(tmp_path: Path) -> None:
         plot_ruler([], tmp_path)
 
 
-def test_sources_are_part_of_a_rows_key(model: Any, tokenizer: Any, tmp_path: Path) -> None:
-    out = tmp_path / "ruler.jsonl"
+@pytest.mark.parametrize("lengths", [(4096,), (4096, 16384, 32768), (1024, 2048, 4096, 8192)])
+@pytest.mark.parametrize("methods", [LABELS[:1], LABELS])
+def test_no_text_of_the_pictures_touches_another(
+    tmp_path: Path, drawn: dict[str, Any], lengths: tuple[int, ...], methods: list[str]
+) -> None:
+    rows = [
+        replace(ROW, method=method, task=task, length=length, score=place % 3 / 2)
+        for place, method in enumerate(methods)
+        for task in ("niah_multikey_1", "vt")
+        for length in lengths
+    ]
+    for path in plot_ruler(rows, tmp_path):
+        assert not overlaps(drawn[path.name])
+
+
+def test_a_method_without_density_is_named_and_every_method_is_in_the_legend(
+    tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    rows = [
+        ROW,
+        replace(ROW, method="late(budget=64)", length=16384),
+        replace(ROW, method="bare", density=None),
+        replace(ROW, method="short", stats={}),
+    ]
+    plot_ruler(rows, tmp_path)
+    figure = drawn["ruler-density.png"]
+    notes = {axes.get_title(): [text.get_text() for text in axes.texts] for axes in figure.axes}
+    assert notes["4K, prefill"] == ["not measured:\nbare"]
+    assert notes["4K, decode"] == ["not measured:\nshort"]
+    assert notes["16K, prefill"] == []
+    for name in ("ruler-density.png", "ruler-latency.png"):
+        labels = [text.get_text() for text in drawn[name].legends[0].get_texts()]
+        assert labels == ["dense", "bare", "short", "late\nbudget=64"]
+
+
+def test_sources_and_the_text_of_their_files_are_part_of_a_rows_key(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    out, book = tmp_path / "ruler.jsonl", tmp_path / "book.txt"
     run = RulerRun((400,), ("niah_single_2",), samples=1)
-    for haystack in ("words", "noise"):
-        list(run_ruler(model, tokenizer, replace(run, sources=Sources(haystack)), out=out))
-    assert [row.source for row in read_ruler_rows(out)] == ["words", "noise"]
+    texts = ("a cold day in april", "a warm day in april")
+    for haystack in ("words", "noise", *texts, texts[1]):
+        book.write_text(haystack)
+        source = str(book) if haystack in texts else haystack
+        list(run_ruler(model, tokenizer, replace(run, sources=Sources(source)), out=out))
+    digests = [hashlib.sha256(text.encode()).hexdigest()[:12] for text in texts]
+    expected = ["words", "noise", *(f"{book} ({digest})" for digest in digests)]
+    assert [row.source for row in read_ruler_rows(out)] == expected
+
+
+def test_a_changed_file_of_questions_is_another_source(
+    model: Any, tokenizer: Any, sources: Sources, tmp_path: Path
+) -> None:
+    out, file = tmp_path / "ruler.jsonl", tmp_path / "squad.json"
+    content = Path(str(sources.squad)).read_text()
+    run = RulerRun((400,), ("qa_1",), samples=1, sources=Sources(squad=str(file)))
+    for text in (content, content + "\n"):
+        file.write_text(text)
+        list(run_ruler(model, tokenizer, run, out=out))
+    assert len({row.source for row in read_ruler_rows(out)}) == 2
+
+
+@pytest.mark.parametrize("task", ["cwe", "niah_multikey_2", "fwe"])
+def test_every_length_is_checked_for_every_task_before_the_first_prompt(
+    model: Any, tokenizer: Any, tmp_path: Path, task: str
+) -> None:
+    out = tmp_path / "ruler.jsonl"
+    run = RulerRun((512, 200), ("niah_single_1", task), samples=1)
+    with pytest.raises(ValueError, match=r"length: expected at least \d+ tokens for task"):
+        run_ruler(model, tokenizer, run, out=out)
+    assert not out.exists()
+    # A task that `limit` leaves out is not asked for.
+    (row,) = run_ruler(model, tokenizer, replace(run, limit=1))
+    assert row.length == 512
