@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from lowcontext.eval import write_retrieval_checkpoint
 from lowcontext.eval.circuits import Mlp
 from lowcontext.eval.ruler import RulerRun, make_ruler_sample, run_ruler
 from lowcontext.eval.ruler_vocabulary import build_vocabulary, words_of
+
+
+# The constants of the construction were tuned on prompts of the first seeds.
+UNSEEN = 100
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +42,9 @@ def solver_tokenizer(folder: Path) -> Any:
 
 
 def scores(model: Any, tokenizer: Any, run: RulerRun) -> dict[str, float]:
+    """Mean scores by task, on prompts on which no constant was tuned."""
     total: dict[str, float] = {}
-    for row in run_ruler(model, tokenizer, run):
+    for row in run_ruler(model, tokenizer, replace(run, seed=UNSEEN)):
         total[row.task] = total.get(row.task, 0.0) + row.score / run.samples
     return total
 
@@ -55,12 +61,12 @@ def test_dense_attention_answers_most_of_the_tasks_with_several_parts(
     solver: Any, solver_tokenizer: Any
 ) -> None:
     tasks = ("niah_multivalue", "niah_multiquery", "vt")
-    found = scores(solver, solver_tokenizer, RulerRun((1024,), tasks, samples=6))
+    found = scores(solver, solver_tokenizer, RulerRun((1024,), tasks, samples=4))
     assert min(found.values()) >= 0.75, found
 
 
 def test_dense_attention_counts_words(solver: Any, solver_tokenizer: Any) -> None:
-    found = scores(solver, solver_tokenizer, RulerRun((4096,), ("cwe", "fwe"), samples=3))
+    found = scores(solver, solver_tokenizer, RulerRun((2048,), ("cwe", "fwe"), samples=4))
     assert min(found.values()) >= 0.6, found
 
 
@@ -68,7 +74,7 @@ def test_a_window_loses_what_lies_before_it(solver: Any, solver_tokenizer: Any) 
     import lowcontext
 
     tasks = ("niah_single_2", "niah_multivalue", "niah_multiquery", "vt")
-    run = RulerRun((1024,), tasks, samples=3)
+    run = RulerRun((1024,), tasks, samples=2)
     with lowcontext.patched(solver, "streaming_llm", sink=4, window=128):
         found = scores(solver, solver_tokenizer, run)
     assert max(found.values()) <= 0.5, found
