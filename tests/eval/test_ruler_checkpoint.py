@@ -17,7 +17,6 @@ from lowcontext.eval.circuits import Mlp
 from lowcontext.eval.ruler import RulerRun, make_ruler_sample, run_ruler
 from lowcontext.eval.ruler_vocabulary import build_vocabulary, words_of
 
-
 # The constants of the construction were tuned on prompts of the first seeds.
 UNSEEN = 100
 
