@@ -27,8 +27,8 @@ PUBLISHED = ("vertical_and_slash", 1000, 6096)
 # The kernels that each method selects with, as tests name them.
 OPS = {
     "minference": ("window", "lines", "topk"),
-    "flexprefill": ("window", "blocks", "topk"),
-    "xattention": ("blocks",),
+    "flexprefill": ("window", "blocks", "topk", "mass"),
+    "xattention": ("blocks", "mass"),
     "hip": ("search",),
     "infinitehip": ("search",),
     "tokenselect": ("scores", "topk"),

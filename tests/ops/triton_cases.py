@@ -20,6 +20,7 @@ from lowcontext import BlockIndex, attention, sparse_attention
 from lowcontext.ops import triton as backend
 from lowcontext.ops.triton import launch
 
+pytestmark = pytest.mark.ops("attend")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT32 = torch.iinfo(torch.int32)
 
