@@ -20,7 +20,6 @@ from bench.oracle import sampled_error
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
 from lowcontext.ops import _dispatch, block_scores, hierarchy, vertical_slash, votes
 from tests.ops.hierarchy.problems import STAGES, TREE, integers
-from tests.ops.triton_cases import check, rounded_attention
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +81,8 @@ SIZES += [(dtype, 128, 1, 4097) for dtype in (torch.float32, torch.float16)]
 def test_dense_attention_equals_the_reference(
     dtype: torch.dtype, D: int, Lq: int, Lk: int, request: pytest.FixtureRequest
 ) -> None:
+    from tests.ops.triton_cases import check, rounded_attention  # imports triton
+
     inputs = qkv(Lq, Lk, D, dtype)
     out, lse = attention(*(x.to(GPU) for x in inputs), return_lse=True)
     if "small" not in request.keywords:
