@@ -6,6 +6,7 @@
 #include "best_scores.h"
 #include "block_scores.h"
 #include "decode.h"
+#include "key_panels.h"
 #include "panel.h"
 #include "plan.h"
 #include "rows.h"
@@ -73,11 +74,12 @@ void combine_item(const Problem& p, const Plan& plan, const Item& item, float* s
   }
 }
 
-constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes},
+constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes, kWidth},
                                 scratch_floats, run_item,
                                 combine_item,   window_pack,
                                 window_scan,    window_add,
                                 kVotes,         best_scores,
+                                pack_keys,      best_of_panels,
                                 kBlockScores};
 
 }  // namespace

@@ -65,6 +65,7 @@ class ItemQueue {
 struct KernelShape {
   int64_t decode_lanes;  // at most this many lanes go to the decode kernel
   int64_t panel_lanes;   // lanes of a panel
+  int64_t key_lanes;     // keys of a panel of keys
 };
 
 // out[i] = max over r of rows[r, :] . keys[positions[i], :], and of out[i] where accumulate.
@@ -73,6 +74,32 @@ struct ScoreCall {
   const void* keys;  // of one batch row and head
   int64_t stride;    // elements between keys
   const int32_t* positions;
+  int64_t count;
+  const float* rows;  // [num_rows, row_stride]
+  int64_t num_rows;   // 1, 2 or a multiple of 4
+  int64_t row_stride;
+  int64_t head_dim;
+  bool accumulate;
+  float* out;  // [count]
+};
+
+// out[i, d, j] = keys[positions[i] + j * step, d] for j < key_lanes, as fp32.
+struct KeyPanelCall {
+  DType dtype;       // of the keys
+  const void* keys;  // of one batch row and head
+  int64_t stride;    // elements between keys
+  const int32_t* positions;
+  int64_t count;
+  int64_t step;
+  int64_t head_dim;
+  float* out;  // [count, head_dim, key_lanes]
+};
+
+// out[i] = max over r and the keys of panel panels[i] of rows[r, :] . key, and of out[i] where
+// accumulate.
+struct PanelScoreCall {
+  const float* keys;  // panels of keys
+  const int32_t* panels;
   int64_t count;
   const float* rows;  // [num_rows, row_stride]
   int64_t num_rows;   // 1, 2 or a multiple of 4
@@ -105,6 +132,8 @@ struct KernelTable {
   void (*window_add)(const WindowScores&, int64_t b, int64_t h, int64_t chunk);
   VoteKernels votes;
   void (*best_scores)(const ScoreCall&);
+  void (*pack_keys)(const KeyPanelCall&);
+  void (*best_of_panels)(const PanelScoreCall&);
   BlockScoreKernels block_scores;
 };
 

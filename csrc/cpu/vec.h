@@ -337,6 +337,19 @@ LC_INLINE void store_first(T* p, Vec a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) from_float(tmp[i], p + i);
 }
 
+// The largest lane.
+LC_INLINE float max_of(Vec a) {
+  float lanes[kWidth];
+  store(lanes, a);
+  LC_UNROLL
+  for (int half = kWidth / 2; half > 0; half /= 2) {
+    LC_UNROLL
+    for (int i = 0; i < half; ++i)
+      lanes[i] = lanes[i] > lanes[i + half] ? lanes[i] : lanes[i + half];
+  }
+  return lanes[0];
+}
+
 // 2^f for f in [-0.5, 0.5], relative error 1.6e-7.
 LC_INLINE Vec exp2_fraction(Vec f) {
   Vec p = set1(0.0013264727f);

@@ -34,6 +34,8 @@ def test_the_tree_lists_what_the_beam_search_finds(
         {"leaf": 2, "block_k": 2, "key_stride": 1, "budget": 20},
         {"leaf": 1, "key_stride": 1},
         {"leaf": 8, "key_stride": 3, "representative": "spread"},
+        {"leaf": 16, "key_stride": 1, "share": "layer", "beam": 3},
+        {"leaf": 64, "block_k": 64, "key_stride": 4, "budget": 128, "beam": 2},
         {"beam": 1},
         {"beam": 1000},
         {"row_stride": 1},
@@ -107,12 +109,23 @@ def test_native_equals_reference_on_every_instruction_set(
             q = integers(1, 2 * G, Lq, D, seed=G).to(dtype)
             tree = replace(TREE, block_q=1 if Lq < 16 else 16)
             stages = replace(STAGES, block_q=tree.block_q)
-            ours, exact = (hip_tree(q, k, tree, backend=b) for b in ("native", "reference"))
-            assert listed(ours) == listed(exact)
+            for o in (tree, replace(tree, leaf=16, key_stride=1)):
+                ours, exact = (hip_tree(q, k, o, backend=b) for b in ("native", "reference"))
+                assert listed(ours) == listed(exact)
             ours, exact = (hip_stages(q, k, stages, backend=b)[0] for b in ("native", "reference"))
             assert listed(ours) == listed(exact)
     finally:
         torch.ops.lowcontext._set_cpu_isa("auto")
+
+
+@pytest.mark.skipif("native" not in BACKENDS, reason="the native backend is not built")
+@pytest.mark.parametrize("share", ["group", "layer"])
+def test_blocks_searched_together_need_not_have_nodes_of_one_size(share: str) -> None:
+    # 92 blocks with nodes of 1, 2 and 4 leaves; a stretch has more leaves than panels fit.
+    q, k = integers(1, 4, 1466, 256, seed=1), integers(1, 2, 1500, 256, seed=2)
+    o = replace(TREE, leaf=16, key_stride=1, beam=12, row_stride=16, share=share)
+    ours, exact = (hip_tree(16 * q, k, o, backend=b) for b in ("native", "reference"))
+    assert listed(ours) == listed(exact)
 
 
 @pytest.mark.skipif("native" not in BACKENDS, reason="the native backend is not built")
@@ -124,8 +137,10 @@ def test_the_result_does_not_depend_on_the_number_of_threads() -> None:
         for n in (1, 2, 5):
             torch.set_num_threads(n)
             index, chunks = hip_stages(q, k, STAGES, backend="native")
-            results.append([hip_tree(q, k, TREE, backend="native").kv_starts, index.kv_starts])
-            results[-1] += [chunk.starts for chunk in chunks]
+            results.append([index.kv_starts, *(chunk.starts for chunk in chunks)])
+            for leaf in (4, 16):
+                tree = replace(TREE, leaf=leaf, key_stride=1)
+                results[-1].append(hip_tree(q, k, tree, backend="native").kv_starts)
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -31,7 +31,7 @@ def options(draw: st.DrawFn) -> TreeOptions | StageOptions:
     if draw(st.booleans()):
         if draw(st.booleans()):
             shared["representative"] = "spread"
-        leaf = draw(st.sampled_from([x for x in (1, 2, 4, 8) if block_k % x == 0]))
+        leaf = draw(st.sampled_from([x for x in (1, 2, 4, 8, 16, 64) if block_k % x == 0]))
         beam, rows = draw(st.integers(1, 40)), draw(st.integers(1, 20))
         return TreeOptions(
             leaf=leaf, beam=beam, row_stride=rows, key_stride=draw(st.integers(1, leaf)), **shared
