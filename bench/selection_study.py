@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -61,12 +61,14 @@ class Problem:
 
     Args:
         q: [ROWS, D]; k: [T, D].
+        before: [3 * ROWS, D]; the queries before, which may share a stage.
         needles: first keys of the needles.
         low, high: the candidate keys.
         mass: [ROWS, high - low], softmax over the candidates.
     """
 
     q: Tensor
+    before: Tensor
     k: Tensor
     needles: list[int]
     low: int
@@ -81,8 +83,7 @@ def problem(T: int, world: World, seed: int) -> Problem:
     k = autoregressive(torch.randn(T, D, generator=gen), decay)
     common = torch.randn(1, D, generator=gen)
     own = autoregressive(torch.randn(ROWS, D, generator=gen), decay)
-    q = COMMON**0.5 * common + (1 - COMMON) ** 0.5 * own
-    q = q / q.norm(dim=1, keepdim=True) * D**0.5
+    q = queries(common, own)
     low, high = bounds(T)
     tiles = torch.randperm((high - low) // TILE, generator=gen)[:NEEDLES] * TILE + low
     needles = tiles + torch.randint(0, TILE - world.width + 1, (NEEDLES,), generator=gen)
@@ -90,7 +91,14 @@ def problem(T: int, world: World, seed: int) -> Problem:
     for at, row in zip(needles.tolist(), seekers.tolist(), strict=True):
         k[at : at + world.width] += STRENGTH * q[row] / D**0.5
     mass = torch.softmax(SPREAD * (q @ k[low:high].T) / D**0.5, dim=1)
-    return Problem(q, k, needles.tolist(), low, high, mass)
+    before = queries(common, autoregressive(torch.randn(3 * ROWS, D, generator=gen), decay))
+    return Problem(q, before, k, needles.tolist(), low, high, mass)
+
+
+def queries(common: Tensor, own: Tensor) -> Tensor:
+    """Queries of norm D^0.5 that share `common`."""
+    q = COMMON**0.5 * common + (1 - COMMON) ** 0.5 * own
+    return q / q.norm(dim=1, keepdim=True) * D**0.5
 
 
 def bounds(T: int) -> tuple[int, int]:
@@ -138,14 +146,16 @@ def selections(p: Problem, budget: int) -> Iterator[tuple[str, Tensor, int]]:
         bound = p.q.clamp(min=0) @ high.T + p.q.clamp(max=0) @ low.T
         yield f"Quest, pages of {page}", best(bound.amax(0), page, budget), 2 * n // page
     q, k = p.q[None, None], p.k[None, None]
-    fixed = {"sink": SINK, "window": WINDOW, "budget": budget}
+    fixed: dict[str, Any] = {"sink": SINK, "window": WINDOW, "budget": budget}
     for name, options in searches():
         options = replace(options, **fixed)
         if isinstance(options, TreeOptions):
             index = hip_tree(q, k, options)
         else:
-            index, _ = hip_stages(q, k, options)
-        keep = index.key_mask(len(k[0, 0]))[0, 0, 0, p.low : p.high]
+            shared = any(stage.blocks > 1 for stage in options.stages)
+            rows = torch.cat([p.before, p.q])[None, None] if shared else q
+            index, _ = hip_stages(rows, k, options)
+        keep = index.key_mask(len(k[0, 0]))[0, 0, -1, p.low : p.high]
         yield name, keep, loads(options, n)
 
 
@@ -190,10 +200,12 @@ def searches() -> Iterator[tuple[str, TreeOptions | StageOptions]]:
         yield f"stages {text}", StageOptions(stages=stages)
     pooled = StageOptions(stages=(Stage(64, 32768, 32), Stage(2, row_stride=32)))
     yield "stages 64:32768 2, mean of 32", pooled
+    shared = (Stage(64, 32768, 32, blocks=4), pooled.stages[1])
+    yield "stages 64:32768x4 2, mean of 32", replace(pooled, stages=shared)
 
 
 def loads(options: TreeOptions | StageOptions, candidates: int) -> int:
-    """Keys that a search reads."""
+    """Keys that a search reads for a block of queries."""
     if isinstance(options, TreeOptions):
         leaves = candidates // options.leaf
         node, nodes = 1, 0
@@ -203,7 +215,7 @@ def loads(options: TreeOptions | StageOptions, candidates: int) -> int:
     total = 0
     for stage in options.stages:
         rounds = max(1, (stage.chunk - 1).bit_length())
-        total += 2 * rounds * -(-candidates // stage.chunk)
+        total += 2 * rounds * -(-candidates // stage.chunk) // stage.blocks
         candidates = min(candidates, stage.keep or candidates)
     return total
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
@@ -28,6 +28,8 @@ class InfiniteHiP(HierarchicalMethod):
     Args:
         stages: "chunk:keep" for each stage and "chunk" for the last: keys of a chunk, and keys in
             the chunks that go on. "/n" behind it scores the mean of every n queries, 32 if absent.
+            In prefill "xn" lets n blocks of queries share the stage, or as many as the next stage
+            where the window is not longer than n - 1 blocks.
         representative: key that stands for half a chunk: "center", "first" or "last".
         chunk_score: "max" of the representatives that won on the way, or of the "last" one.
         refresh: decode steps after which each stage runs again, as "16/4"; later stages run
@@ -42,7 +44,7 @@ class InfiniteHiP(HierarchicalMethod):
 
     name: ClassVar[str] = "infinitehip"
 
-    stages: str = "64:32768 2"
+    stages: str = "64:32768x4 2"
     representative: str = "center"
     chunk_score: str = "max"
     refresh: int | str = "16/4"
@@ -149,16 +151,21 @@ def _intervals(refresh: int | str, stages: str) -> tuple[int, ...]:
 def _stages(text: str | int) -> tuple[Stage, ...]:
     stages = []
     for part in str(text).split():
-        match = re.fullmatch(r"(\d+)(?::(\d+))?(?:/(\d+))?", part)
+        match = re.fullmatch(r"(\d+)(?::(\d+))?(?:/(\d+))?(?:x(\d+))?", part)
         if not match:
             raise ValueError(f"stages: expected 'chunk:keep ... chunk', got {text!r}")
-        chunk, keep, rows = match.groups()
-        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 32)))
+        chunk, keep, rows, blocks = match.groups()
+        stages.append(Stage(int(chunk), int(keep or 0), int(rows or 32), int(blocks or 1)))
     return tuple(stages)
 
 
 @cache
 def _stage_options(method: InfiniteHiP, wide: bool, block_q: int) -> StageOptions:
+    stages: list[Stage] = []
+    for stage in reversed(_stages(method.stages)):
+        fits = block_q > 1 and (stage.blocks - 1) * block_q < method.window
+        shared = stage.blocks if fits else stages[-1].blocks if stages else 1
+        stages.append(replace(stage, blocks=shared))
     return StageOptions(
         block_q=block_q,
         block_k=method.block_k,
@@ -166,7 +173,7 @@ def _stage_options(method: InfiniteHiP, wide: bool, block_q: int) -> StageOption
         sink=method.sink,
         window=method.window,
         share=method.share,
-        stages=_stages(method.stages),
+        stages=tuple(stages[::-1]),
         representative=method.representative,
         chunk_score=method.chunk_score,
     )

@@ -83,6 +83,15 @@ def test_the_last_interval_stands_for_the_stages_behind_it() -> None:
         assert get_method("infinitehip", **SMALL, refresh=given)._intervals == expected
 
 
+def test_blocks_share_a_stage_in_prefill_where_the_window_covers_them() -> None:
+    for window, block_q, expected in ((49, 16, (4, 2)), (48, 16, (2, 2)), (49, 1, (1, 1))):
+        method = get_method(
+            "infinitehip", block_q=16, window=window, stages="64:512/8x4 32:256/8x2 4"
+        )
+        stages = method._options(9, block_q).stages
+        assert tuple(stage.blocks for stage in stages) == (*expected, 1)
+
+
 def test_intervals_that_do_not_nest_run_when_due() -> None:
     q, k = qk(1100, 1100)
     method, layer = get_method("infinitehip", **SMALL, refresh="7/5/3"), LayerContext()

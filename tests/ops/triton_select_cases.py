@@ -289,6 +289,7 @@ def searched(
         (18, 450, 20, replace(FEW, share="head", representative="last"), torch.float16),
         (20, 400, 8, replace(FEW, share="layer", rows="last"), torch.bfloat16),
         (1, 900, 136, replace(STAGES, block_q=1, representative="first"), torch.bfloat16),
+        (50, 333, 8, replace(STAGES, stages=(Stage(64, 128, 4, 3), Stage(8))), torch.float32),
     ],
 )
 def test_a_search_finds_what_the_reference_finds(

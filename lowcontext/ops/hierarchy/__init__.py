@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
@@ -30,7 +31,7 @@ class Chunks:
     """What one stage leaves to the next.
 
     Args:
-        counts: int32 [B, H, Nq]; chunks kept.
+        counts: int32 [B, H, Nq]; chunks kept, for each of the stage's blocks of queries.
         starts: int32 [B, H, Nq, n]; first key of each, ascending; zeros beyond the count.
     """
 
@@ -102,9 +103,10 @@ def hip_stages(
     A stage cuts the keys it gets into chunks on a grid from position 0, and scores each chunk for
     every query head: of the two halves the one whose representative key scores higher is halved
     again, down to one key; the chunk's score is the largest on the way. Scores are reduced over the
-    heads that share a list by their maximum, and the best chunks go to the next stage. The chunks
-    of the last stage vote for their tiles, and the best `budget // block_k` are listed, besides the
-    tiles of sink and window. Ties go to the lower position.
+    heads that share a list by their maximum, and the best chunks go to the next stage; several
+    blocks of queries can share a stage, which is then scored with the rows of all of them. The
+    chunks of the last stage vote for their tiles, and the best `budget // block_k` are listed,
+    besides the tiles of sink and window. Ties go to the lower position.
 
     InfiniteHiP: Lee et al., arXiv 2502.08910, algorithms 1 to 3; there the score is that of the
     last representative, and representatives are the first keys of the halves
@@ -149,11 +151,26 @@ def hip_stages(
     run = _dispatch.implementation(BACKENDS, "hip_stage", backend, q)
     results = [(chunks.counts, chunks.starts) for chunks in kept]
     for number in range(len(kept), len(options.stages)):
-        before = results[-1] if results else None
-        results.append(run(q, k, options, number, before, behind, ahead))
+        before = _shared(results[-1], q, k, options, number) if results else None
+        results.append(run(q, k, options.of_stage(number), number, before, behind, ahead))
     counts, starts = results.pop()
     index = BlockIndex(counts, starts, (options.block_q, options.block_k))
     return index, tuple(Chunks(*result) for result in results)
+
+
+def _shared(
+    kept: tuple[Tensor, Tensor], q: Tensor, k: Tensor, options: StageOptions, number: int
+) -> tuple[Tensor, Tensor]:
+    """What the stage before `number` kept, for each block of queries of this stage."""
+    blocks, before = options.stages[number].blocks, options.stages[number - 1].blocks
+    if blocks == before:
+        return kept
+    Lq, Lk = q.shape[2], k.shape[2]
+    first, Nq = BlockIndex.query_blocks(Lq, Lk, blocks * options.block_q)
+    first_before, _ = BlockIndex.query_blocks(Lq, Lk, before * options.block_q)
+    block = torch.arange(first, first + Nq, device=q.device) // (before // blocks) - first_before
+    counts, starts = (x.index_select(2, block) for x in kept)
+    return counts, starts
 
 
 def _check(

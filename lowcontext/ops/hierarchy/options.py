@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 SHARES = ("head", "group", "layer")
 REPRESENTATIVES = ("center", "first", "last")
@@ -136,11 +136,14 @@ class Stage:
         keep: keys in the chunks that the next stage gets; not used by the last stage, which lists
             `budget` keys.
         row_stride: queries per scored row in this stage.
+        blocks: blocks of queries, a group of which starts at a multiple of it, that share the
+            chunks it keeps; those of the next stage divide it, and the last stage has 1.
     """
 
     chunk: int
     keep: int = 0
     row_stride: int = 32
+    blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,19 @@ class StageOptions(SearchOptions):
                 )
             if stage.row_stride < 1:
                 raise ValueError(f"stages: row_stride: expected at least 1, got {stage.row_stride}")
+            divisor = 1 if final else self.stages[i + 1].blocks
+            if stage.blocks < 1 or divisor < 1 or stage.blocks % divisor:
+                raise ValueError(
+                    "stages: blocks: expected multiples of the next stage's, got "
+                    f"{[stage.blocks for stage in self.stages]}"
+                )
+            if final and stage.blocks != 1:
+                raise ValueError(f"stages: blocks: expected 1 in the last, got {stage.blocks}")
+            if (stage.blocks - 1) * self.block_q >= self.window:
+                raise ValueError(
+                    f"window: expected more than the {(stage.blocks - 1) * self.block_q} queries "
+                    f"before the last of {stage.blocks} blocks, got {self.window}"
+                )
         if self.block_k % self.stages[-1].chunk:
             raise ValueError(
                 f"stages: expected a last chunk that divides block_k={self.block_k}, got "
@@ -192,6 +208,22 @@ class StageOptions(SearchOptions):
         else:
             cut = before * (self.chunks[number - 1] // stage.chunk)
         return min(cut, stage.keep // stage.chunk)
+
+    def of_stage(self, number: int) -> StageOptions:
+        """The settings of one stage, with its blocks of queries.
+
+        Its candidates end where those of the last of the blocks do: the window is shorter, so that
+        every key before the window of each block is a candidate.
+        """
+        blocks = self.stages[number].blocks
+        if blocks == 1:
+            return self
+        return replace(
+            self,
+            block_q=blocks * self.block_q,
+            window=self.window - (blocks - 1) * self.block_q,
+            stages=tuple(replace(stage, blocks=1) for stage in self.stages),
+        )
 
     @property
     def chunks(self) -> list[int]:

@@ -62,11 +62,11 @@ def listed(index: BlockIndex) -> dict:
     }
 
 
-def scored_rows(q: Tensor, first: int, o: SearchOptions, stride: int, offset: int) -> Tensor:
-    """Rows [R, D] of the block at absolute position `first`, of q [L, D] at `offset` and later."""
+def scored_rows(q: Tensor, block: range, o: SearchOptions, stride: int, offset: int) -> Tensor:
+    """Rows [R, D] of the block of absolute positions, of q [L, D] at `offset` and later."""
     rows = []
-    for begin in range(first, first + o.block_q, stride):
-        end = min(begin + stride, first + o.block_q)
+    for begin in block[::stride]:
+        end = min(begin + stride, block.stop)
         found = [p - offset for p in range(begin, end) if offset <= p < offset + len(q)]
         if o.rows == "last":  # the last of the stride, or of the sequence
             found = [p for p in found if p + offset == min(end, offset + len(q)) - 1]
@@ -142,8 +142,10 @@ def expected_lists(q: Tensor, k: Tensor, o: TreeOptions | StageOptions) -> dict:
             low = math.ceil(o.sink / o.block_k)
             high = max(low, math.floor((first - o.window + 1) / o.block_k))
 
-            def by_head(stride: int, b: int = b, first: int = first) -> dict[int, Tensor]:
-                rows = {i: scored_rows(q[b, i], first, o, stride, offset) for i in range(Hq)}
+            def by_head(stride: int, blocks: int = 1, b: int = b, m: int = m) -> dict[int, Tensor]:
+                begin, width = m // blocks * blocks * o.block_q, blocks * o.block_q
+                block = range(begin, begin + width)
+                rows = {i: scored_rows(q[b, i], block, o, stride, offset) for i in range(Hq)}
                 return {i: (r @ k[b, i // (Hq // Hkv)].double().T).amax(0) for i, r in rows.items()}
 
             if high - low <= o.budget // o.block_k:
@@ -153,32 +155,37 @@ def expected_lists(q: Tensor, k: Tensor, o: TreeOptions | StageOptions) -> dict:
                 joint = torch.stack([scores[i] for i in heads]).amax(0).tolist()
                 found = tree_tiles(joint.__getitem__, low, high, o)
             else:
-                found = staged_tiles(by_head, heads, low, high, o)
+                found = staged_tiles(by_head, heads, low, m, o)
             forced = {*range(low), *range(high, last // o.block_k + 1)}
             out[b, h, n] = sorted({*found, *(t for t in forced if t <= last // o.block_k)})
     return out
 
 
 def staged_tiles(
-    by_head: Callable[[int], dict[int, Tensor]], heads: range, low: int, high: int, o: StageOptions
+    by_head: Callable[[int, int], dict[int, Tensor]],
+    heads: range,
+    low: int,
+    m: int,
+    o: StageOptions,
 ) -> list[int]:
-    begin, end = low * o.block_k, high * o.block_k
-    chunks = [(x, min(x + o.chunks[0], end)) for x in range(0, end, o.chunks[0])]
-    chunks = [(max(x, begin), y) for x, y in chunks if y > begin]
-    for number, stage in enumerate(o.stages):
-        if number:
-            chunks = [
-                (x, min(y, right))
-                for left, right in chunks
-                for grid in range(left // stage.chunk * stage.chunk, right, stage.chunk)
-                for x, y in [(max(grid, left), grid + stage.chunk)]
-            ]
-        scores = {i: row.tolist() for i, row in by_head(stage.row_stride).items()}
+    """Stages for block m of queries; the tiles they list."""
+    begin, chunks = low * o.block_k, [(0, (m + 1) * o.block_q)]
+    for stage in o.stages:
+        last = (m // stage.blocks + 1) * stage.blocks - 1  # of the blocks that share the stage
+        high = max(low, math.floor((last * o.block_q - o.window + 1) / o.block_k))
+        chunks = [
+            (x, y)
+            for left, right in chunks
+            for grid in range(left // stage.chunk * stage.chunk, right, stage.chunk)
+            for x, y in [(max(grid, begin), min(grid + stage.chunk, high * o.block_k))]
+            if x < y
+        ]
+        scores = {i: row.tolist() for i, row in by_head(stage.row_stride, stage.blocks).items()}
         value = {
             i: max(chunk_score(scores[h].__getitem__, *chunk, o) for h in heads)
             for i, chunk in enumerate(chunks)
         }
-        if number + 1 < len(o.stages):
+        if stage is not o.stages[-1]:
             chunks = [chunks[i] for i in best(value, stage.keep // stage.chunk)]
     votes: dict[int, float] = {}
     for i, (left, _) in enumerate(chunks):

@@ -81,6 +81,8 @@ def test_the_stages_list_what_select_rep_finds(backend: str, share: str, Lq: int
         {"rows": "last"},
         {"block_q": 1},
         {"sink": 0, "window": 1},
+        {"stages": (Stage(64, 256, 4, 2), Stage(2, row_stride=1)), "sink": 0},
+        {"stages": (Stage(48, 192, 8, 6), Stage(24, 96, 8, 3), Stage(8)), "window": 100},
     ],
     ids=str,
 )

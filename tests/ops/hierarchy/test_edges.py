@@ -205,6 +205,17 @@ def test_garbage_in_kept_chunks_stays_inside_the_keys(backend: str) -> None:
         ({"stages": (Stage(64, 32), Stage(16))}, ValueError, "keep of at least chunk=64, got 32"),
         ({"stages": (Stage(64),)}, ValueError, "a last chunk that divides block_k=16, got 64"),
         ({"stages": (Stage(16, row_stride=0),)}, ValueError, "row_stride: expected at least 1"),
+        ({"stages": (Stage(16, blocks=2),)}, ValueError, "blocks: expected 1 in the last, got 2"),
+        (
+            {"stages": (Stage(64, 64, blocks=3), Stage(32, 32, blocks=2), Stage(16))},
+            ValueError,
+            r"blocks: expected multiples of the next stage's, got \[3, 2, 1\]",
+        ),
+        (
+            {"stages": (Stage(64, 64, blocks=4), Stage(16))},
+            ValueError,
+            "window: expected more than the 48 queries before the last of 4 blocks, got 40",
+        ),
         ({"chunk_score": "mean"}, ValueError, "chunk_score: expected one of"),
     ],
 )

@@ -132,6 +132,24 @@ def test_future_keys_and_queries_change_nothing(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_blocks_that_share_a_stage_depend_on_no_other_block(backend: str) -> None:
+    o = StageOptions(
+        block_q=16, block_k=16, budget=64, sink=20, window=50,
+        stages=(Stage(64, 128, 4, blocks=4), Stage(4, row_stride=1)),
+    )  # fmt: skip
+    q, k = qk(650, 650)
+    whole = search(q, k, o, backend).to_mask(650, 650)
+    for cut in (320, 448, 640):
+        tail = search(q[:, :, cut:], k, o, backend).to_mask(650 - cut, 650)
+        assert torch.equal(whole[:, :, cut:], tail)
+        q[:, :, cut:], k[:, :, cut:] = torch.nan, torch.nan
+        assert torch.equal(
+            whole[:, :, :cut], search(q, k, o, backend).to_mask(650, 650)[:, :, :cut]
+        )
+        q, k = qk(650, 650)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("beam", [2, 7, 16])
 @pytest.mark.parametrize("Lk", [150, 213, 386])
 def test_every_leaf_can_be_reached(backend: str, beam: int, Lk: int) -> None:
