@@ -1,4 +1,4 @@
-"""Positions for contexts beyond the trained length, as InfiniteHiP has them.
+"""Positions of hip and infinitehip for contexts beyond the trained length, as InfiniteHiP has them.
 
 Search: queries and keys are scored at distances of the search's choosing, on a copy of the keys
 that is rotated once. Attention: the listed keys are read at consecutive positions that end at the

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
@@ -11,9 +10,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._hierarchy import HierarchicalMethod, kept_since
-from lowcontext.methods._streaming import search_keys, search_queries, streamed
-from lowcontext.methods.base import LayerContext, Part, Rotary, is_decoding
+from lowcontext.methods._hierarchy import HierarchicalMethod
 from lowcontext.ops.hierarchy import Chunks, SearchOptions, Stage, StageOptions, hip_stages
 
 
@@ -35,11 +32,8 @@ class InfiniteHiP(HierarchicalMethod):
         refresh: decode steps after which each stage runs again, as "16/4"; later stages run
             with earlier ones. The last number stands for all stages behind it.
         wide_layers: first layers that list `wide` times the budget.
-        wide: see `wide_layers`.
-        positions: "original", or "streaming" for contexts beyond the trained length: listed keys
-            are read at consecutive positions that end at the window. Their search sees all keys at
-            one distance, or in the `wide_layers` at the index of their chunk. Needs share="layer"
-            and a second copy of the keys; `dense_last` does not apply.
+        wide: see `wide_layers`. With positions="streaming" the search of these layers sees each key
+            at the index of its chunk.
     """
 
     name: ClassVar[str] = "infinitehip"
@@ -50,75 +44,16 @@ class InfiniteHiP(HierarchicalMethod):
     refresh: int | str = "16/4"
     wide_layers: int = 3
     wide: int = 2
-    positions: str = "original"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect_ints(wide_layers=0, wide=1)
-        self._expect_choice("positions", ("original", "streaming"))
-        if self.moves_keys and self.share != "layer":
-            raise ValueError(
-                'infinitehip: share: expected "layer" with positions="streaming", which reads one '
-                f"list for all heads, got {self.share!r}"
-            )
         intervals, count = self._intervals, len(_stages(self.stages))
         if len(intervals) > count or min(intervals) < 1:
             raise ValueError(
                 f"infinitehip: refresh: expected at most {count} positive numbers, got "
                 f"{self.refresh!r}"
             )
-
-    @property
-    def moves_keys(self) -> bool:
-        """Whether listed keys are read at other positions."""
-        return self.positions == "streaming"
-
-    def parts(self, q: Tensor, k: Tensor, layer: LayerContext) -> Iterator[Part]:
-        """Parts as of every hierarchical method; with streaming positions one for each list."""
-        Lq, Lk = q.shape[2], k.shape[2]
-        if not self.moves_keys or layer.layer_idx < self.dense_layers or Lk < self.min_length:
-            yield from super().parts(q, k, layer)
-            return
-        if layer.rotary is None:
-            raise NotImplementedError(
-                'infinitehip: positions: "streaming" moves rotated keys and needs a model with '
-                'rotary embeddings of fixed frequencies; use positions="original"'
-            )
-        offset, decoding = Lk - Lq, is_decoding(Lq, Lk)
-        row = 0
-        while row < Lq:
-            step = 1 if decoding else self.query_chunk - (offset + row) % self.query_chunk
-            end = min(row + step, Lq)
-            part = q[:, :, row:end], k[:, :, : offset + end]
-            yield from self._streamed_parts(*part, row, decoding, layer, layer.rotary)
-            row = end
-
-    def _streamed_parts(
-        self, q: Tensor, k: Tensor, row: int, decoding: bool, layer: LayerContext, rotary: Rotary
-    ) -> Iterator[Part]:
-        """Parts of the queries from `row` of the call on, one for each block of them."""
-        Lq, Lk = q.shape[2], k.shape[2]
-        options = self._options(layer.layer_idx, 1 if decoding else self.block_q)
-        chunk = _stages(self.stages)[0].chunk if layer.layer_idx < self.wide_layers else 0
-        keys = search_keys(layer.memory, k, rotary, chunk)
-        queries = search_queries(q, Lk, rotary, chunk, self.window)
-        index = (self.decode if decoding else self.prefill)(queries, keys, layer)
-        if index is None:
-            yield row, row + Lq, None
-            return
-        behind = Lk - kept_since(layer, Lk) if decoding else 0
-        geometry = options.geometry(Lk)
-        for block in range(index.kv_starts.shape[2]):
-            row0 = ((Lk - Lq) // options.block_q + block) * options.block_q
-            low, high = options.candidates(row0, behind)
-            seen = min(row0 + options.block_q, Lk)
-            rows = max(row0 - (Lk - Lq), 0), seen - (Lk - Lq)
-            if high - low <= geometry.picks:
-                yield row + rows[0], row + rows[1], None
-                continue
-            front = geometry.sinks + geometry.picks
-            recent = high * self.block_k, seen
-            yield row + rows[0], row + rows[1], streamed(index, block, front, recent, rotary)
 
     def _options(self, layer_idx: int, block_q: int) -> SearchOptions:
         return _stage_options(self, layer_idx < self.wide_layers, block_q)
@@ -133,6 +68,9 @@ class InfiniteHiP(HierarchicalMethod):
         ahead: int = 0,
     ) -> tuple[BlockIndex, tuple[Chunks, ...]]:
         return hip_stages(q, k, options, kept=kept, behind=behind, ahead=ahead)  # type: ignore[arg-type]
+
+    def _chunk(self, layer_idx: int) -> int:
+        return _stages(self.stages)[0].chunk if layer_idx < self.wide_layers else 0
 
     @property
     def _intervals(self) -> tuple[int, ...]:

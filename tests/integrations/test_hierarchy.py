@@ -70,18 +70,16 @@ def test_a_budget_that_covers_the_context_equals_the_plain_model(name: str, opti
     assert torch.equal(greedy(model, ids, new=12), plain_tokens)
 
 
-STREAMING = {
-    **SMALL,
-    "stages": "32:128 8/1",
-    "share": "layer",
-    "positions": "streaming",
-    "refresh": "8/4",
-}
+STREAMING = pytest.mark.parametrize(
+    ("name", "options"),
+    [(name, {**o, "share": "layer", "positions": "streaming"}) for name, o in METHODS],
+)
 
 
-def test_streaming_positions_run_at_four_times_the_trained_length() -> None:
+@STREAMING
+def test_streaming_positions_run_at_four_times_the_trained_length(name: str, options: dict) -> None:
     model = tiny("llama", max_position_embeddings=128)
-    lowcontext.patch_model(model, "infinitehip", **STREAMING)
+    lowcontext.patch_model(model, name, **options)
     rows = [prompt(n, seed=n)[0] for n in (512, 430)]
     ids, mask = left_padded(rows)
     together = greedy(model, ids, new=8, attention_mask=mask)
@@ -90,10 +88,13 @@ def test_streaming_positions_run_at_four_times_the_trained_length() -> None:
         assert torch.equal(greedy(model, row[None], new=8)[0], got)
 
 
-def test_streaming_positions_of_a_covered_context_equal_the_plain_model() -> None:
+@STREAMING
+def test_streaming_positions_of_a_covered_context_equal_the_plain_model(
+    name: str, options: dict
+) -> None:
     ids = prompt(300)
     model = tiny("llama")
     plain, tokens = logits(model, ids), greedy(model, ids, new=12)
-    lowcontext.patch_model(model, "infinitehip", **{**STREAMING, "budget": 1024})
+    lowcontext.patch_model(model, name, **{**options, "budget": 1024})
     torch.testing.assert_close(logits(model, ids), plain, atol=1e-4, rtol=1e-4)
     assert torch.equal(greedy(model, ids, new=12), tokens)

@@ -1,4 +1,4 @@
-"""Streaming positions of infinitehip, against keys that are rotated where the list puts them."""
+"""Streaming positions of both searches, against keys that are rotated where the list puts them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ from torch import Tensor
 
 from lowcontext import LayerContext, attention, get_method
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops.hierarchy import hip_stages
+from lowcontext.ops.hierarchy import hip_stages, hip_tree
 from lowcontext.ops.rotary import rotate_to
 
 D = 16
 ROTARY = Rotary(torch.tensor(100.0) ** (-torch.arange(0, D, 2) / D))
-SMALL = {
-    "stages": "32:256/4 8/4",
+SHARED = {
     "budget": 64,
     "window": 40,
     "sink": 10,
@@ -22,8 +21,13 @@ SMALL = {
     "block_k": 8,
     "share": "layer",
     "positions": "streaming",
-    "refresh": "4/2",
 }
+SMALL = {
+    "infinitehip": SHARED | {"stages": "32:256/4 8/4", "refresh": "4/2"},
+    "hip": SHARED
+    | {"dense_layers": 0, "leaf": 8, "beam": 16, "key_stride": 2, "row_stride": 4, "refresh": 4},
+}
+BOTH = pytest.mark.parametrize("name", SMALL)
 
 
 def at(x: Tensor, positions: Tensor) -> Tensor:
@@ -48,18 +52,21 @@ def rows(moved: Moved, b: int) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize(("row0", "L"), [(0, 700), (300, 700), (699, 700), (696, 701)])
-@pytest.mark.parametrize("layer", [0, 9])
-def test_lists_are_those_of_a_search_at_its_own_positions(row0: int, L: int, layer: int) -> None:
+@pytest.mark.parametrize(("name", "layer"), [("infinitehip", 0), ("infinitehip", 9), ("hip", 9)])
+def test_lists_are_those_of_a_search_at_its_own_positions(
+    row0: int, L: int, name: str, layer: int
+) -> None:
     raw_q, raw_k, _ = problem(L)
     p = torch.arange(L)
     q, k = at(raw_q, p)[:, :, row0:], at(raw_k, p)
-    method = get_method("infinitehip", **SMALL)
+    method = get_method(name, **SMALL[name])
     decoding = L - row0 <= 32
     # Scored at one distance, or in the first layers by the index of the chunk.
     new_k = p // 32 if layer < 3 else torch.zeros_like(p)
     new_q = torch.minimum(p, p // 32 + 40) if layer < 3 else torch.full_like(p, 41)
     options = method._options(layer, 1 if decoding else 32)
-    index, _ = hip_stages(at(raw_q, new_q)[:, :, row0:], at(raw_k, new_k), options)
+    search = hip_tree if name == "hip" else lambda *args: hip_stages(*args)[0]
+    index = search(at(raw_q, new_q)[:, :, row0:], at(raw_k, new_k), options)
     mask = index.to_mask(L - row0, L)[0, 0]
     same = total = 0
     for r0, r1, part in method.parts(q, k, context(layer)):
@@ -77,16 +84,17 @@ def test_lists_are_those_of_a_search_at_its_own_positions(row0: int, L: int, lay
     assert same >= 0.98 * total
 
 
+@BOTH
 @pytest.mark.parametrize("B", [1, 2])
 @pytest.mark.parametrize(("row0", "L"), [(0, 500), (499, 500), (490, 500)])
 def test_attention_is_that_of_keys_rotated_to_consecutive_positions(
-    B: int, row0: int, L: int
+    name: str, B: int, row0: int, L: int
 ) -> None:
     raw_q, raw_k, v = problem(L, B)
     p = torch.arange(L)
     q, k = at(raw_q, p)[:, :, row0:], at(raw_k, p)
     covered = []
-    for r0, r1, part in get_method("infinitehip", **SMALL).parts(q, k, context()):
+    for r0, r1, part in get_method(name, **SMALL[name]).parts(q, k, context()):
         covered += range(r0, r1)
         end = row0 + r1
         if part is None:
@@ -115,18 +123,21 @@ def test_attention_is_that_of_keys_rotated_to_consecutive_positions(
     assert covered == list(range(L - row0))
 
 
-def test_what_fits_the_budget_is_dense_at_its_own_positions() -> None:
+@BOTH
+def test_what_fits_the_budget_is_dense_at_its_own_positions(name: str) -> None:
     raw_q, raw_k, _ = problem(120)
     p = torch.arange(120)
-    parts = list(get_method("infinitehip", **SMALL).parts(at(raw_q, p), at(raw_k, p), context()))
+    method = get_method(name, **SMALL[name])
+    parts = list(method.parts(at(raw_q, p), at(raw_k, p), context()))
     assert parts == [(0, 120, None)]
 
 
-def test_a_kept_list_loses_no_key_and_dropped_memory_changes_nothing() -> None:
+@BOTH
+def test_a_kept_list_loses_no_key_and_dropped_memory_changes_nothing(name: str) -> None:
     raw_q, raw_k, _ = problem(560)
     p = torch.arange(560)
     q, k = at(raw_q, p), at(raw_k, p)
-    method, kept = get_method("infinitehip", **SMALL), context()
+    method, kept = get_method(name, **SMALL[name]), context()
     for n in range(500, 540):
         args = q[:, :, n - 1 : n], k[:, :, :n]
         ((_, _, part),) = method.parts(*args, kept)
@@ -140,11 +151,12 @@ def test_a_kept_list_loses_no_key_and_dropped_memory_changes_nothing() -> None:
             assert rows(fresh, 0) == (keys, positions)
 
 
-def test_prompts_in_chunks_give_the_lists_of_one_prompt() -> None:
+@BOTH
+def test_prompts_in_chunks_give_the_lists_of_one_prompt(name: str) -> None:
     raw_q, raw_k, _ = problem(640)
     p = torch.arange(640)
     q, k = at(raw_q, p), at(raw_k, p)
-    method = get_method("infinitehip", **SMALL)
+    method = get_method(name, **SMALL[name])
     whole = {r1: part for _, r1, part in method.parts(q, k, context())}
     layer, chunks = context(), {}
     for a, b in ((0, 256), (256, 320), (320, 640)):
@@ -155,12 +167,13 @@ def test_prompts_in_chunks_give_the_lists_of_one_prompt() -> None:
             assert rows(part, 0) == rows(chunks[end], 0)
 
 
-def test_what_streaming_cannot_do_is_refused() -> None:
+@BOTH
+def test_what_streaming_cannot_do_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match='share: expected "layer" with positions="streaming"'):
-        get_method("infinitehip", positions="streaming")
-    with pytest.raises(ValueError, match="infinitehip: positions: expected one of"):
-        get_method("infinitehip", positions="compact")
-    method = get_method("infinitehip", **SMALL)
+        get_method(name, positions="streaming")
+    with pytest.raises(ValueError, match=f"{name}: positions: expected one of"):
+        get_method(name, positions="compact")
+    method = get_method(name, **SMALL[name])
     q, k, _ = problem(500)
     with pytest.raises(NotImplementedError, match='positions: "streaming" moves rotated keys'):
         list(method.parts(q, k, LayerContext()))
