@@ -4,10 +4,10 @@
     python -m bench.hierarchy prefill
     python -m bench.hierarchy decode
 
-`growth` searches prompts of rising length, blocks of queries at some places of each, and fits the
-time of the last ones. `prefill` and `decode` run what a patched model runs, search and attend,
-interleaved with SDPA on the same tensors. Selected lists are checked by attending over them: the
-kernel against the reference on the last block of queries.
+`growth` searches prompts of rising length, some chunks of each, and fits laws of their growth.
+`prefill` and `decode` run what a patched model runs, search and attend, interleaved with SDPA on
+the same tensors. Selected lists are checked by attending over them: the kernel against the
+reference on the last block of queries.
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import lowcontext
+from bench.selection_study import loads
 from bench.timing import environment, interleave
-from lowcontext import LayerContext, Method, get_method, sparse_attention
+from lowcontext import BlockIndex, LayerContext, Method, get_method, sparse_attention
+from lowcontext.methods._hierarchy import HierarchicalMethod
+from lowcontext.ops.hierarchy import StageOptions, TreeOptions
+from lowcontext.ops.native import prefer_huge_pages
 
 app = typer.Typer(add_completion=False)
 METHODS = ("hip", "infinitehip")
@@ -47,65 +51,98 @@ def growth(
     only: Annotated[str, typer.Option(help="One method.")] = "",
     out: Out = Path("bench/results"),
 ) -> None:
-    """CPU time of one thread: search for blocks of a prompt, search and attend of its last ones."""
+    """CPU time of one thread: search of a prompt; search and attend of its last blocks."""
+    if only and only not in METHODS:
+        raise typer.BadParameter(f"--only: expected one of {METHODS}, got {only}")
     torch.set_num_threads(1)
     rows: list[dict[str, Any]] = []
     for T in map(tokens, lengths.split(",")):
         Hq, Hkv = map(int, heads.split("/"))
         gen = torch.Generator().manual_seed(0)
-        k = torch.randn(1, Hkv, T, 128, generator=gen).to(getattr(torch, dtype))
+        k = torch.empty(1, Hkv, T, 128, dtype=getattr(torch, dtype))
+        prefer_huge_pages(k)  # as the cache of a patched model
+        k.normal_(generator=gen)
         # The same queries everywhere: the time of a search does not depend on them.
-        q = torch.randn(1, Hq, SAMPLE, 128, generator=gen).to(k.dtype)
+        q = torch.randn(1, Hq, Method.query_chunk, 128, generator=gen).to(k.dtype)
         for name in [only] if only else METHODS:
             method = get_method(name, dense_last=0)
+            if not isinstance(method, HierarchicalMethod):
+                raise TypeError(f"expected a method that searches, got {name}")
             prompt = searched(method, q, k)
-            ours, attend = last_chunk(method, q, k)
-            blocks = SAMPLE // method.block_q  # type: ignore[attr-defined]
+            last = q[:, :, : min(q.shape[2], T // 8)]
+            search, attend = (ms * 64 / last.shape[2] for ms in last_blocks(method, last, k))
             row = {"method": name, "length": T, "heads": heads, "dtype": dtype}
-            row |= {"search_ms": prompt, "search_block_ms": ours / blocks}
-            row |= {"attend_block_ms": attend / blocks, "search_over_attend": ours / attend}
+            row |= {"search_ms": prompt, "search_block_ms": search}
+            row |= {"attend_block_ms": attend, "search_over_attend": search / attend}
+            row |= {"scored_keys": scored_keys(method, T)}
             rows.append(row)
             print(
                 f"{name:12s} {T:7d}  prompt: search {prompt:9.0f} ms, "
                 f"{1e6 * prompt / (T * math.log2(T)):7.1f} ns / (T log2 T);  last block: "
-                f"search {ours / blocks:6.3f}, attend {attend / blocks:6.3f} ms, "
-                f"ratio {ours / attend:.2f}",
+                f"search {search:6.3f}, attend {attend:6.3f} ms, ratio {search / attend:.2f}",
                 flush=True,
             )
     write(out, "growth", rows)
     for name in [only] if only else METHODS:
-        points = [(row["length"], row["search_block_ms"]) for row in rows if row["method"] == name]
-        for law, of in (("log2 T", math.log2), ("T", float)):
-            slope, r2 = fit([(of(T), ms) for T, ms in points])
-            print(f"{name:12s} search of the last block = a + b {law}: b {slope:.2e}, R2 {r2:.3f}")
+        laws([row for row in rows if row["method"] == name])
 
 
-# Queries searched at each of so many places of a prompt.
-SAMPLE, PLACES = 1024, 8
+# Chunks of a prompt that are searched, at most.
+PLACES = 8
 
 
-def searched(method: Method, q: Tensor, k: Tensor) -> float:
-    """CPU time in ms of searching a prompt, from the time at places spread over it."""
-    T = k.shape[2]
-    ends = {max(SAMPLE, round(T * (i + 0.5) / PLACES / SAMPLE) * SAMPLE) for i in range(PLACES)}
+def searched(method: HierarchicalMethod, q: Tensor, k: Tensor) -> float:
+    """CPU time in ms of searching a prompt in chunks of `q`, some of which run."""
+    chunks = k.shape[2] // q.shape[2]
+    places = min(chunks, PLACES)
     context = LayerContext(layer_idx=LAYER)
     times = []
-    for end in sorted(ends):
+    for i in range(places):
+        end = (round((i + 0.5) * chunks / places - 0.5) + 1) * q.shape[2]
         began = time.process_time()
         method.prefill(q, k[:, :, :end], context)
         times.append((time.process_time() - began) * 1e3)
-    return sum(times) / len(times) * T / SAMPLE
+    return sum(times) / places * chunks
 
 
-def fit(points: list[tuple[float, float]]) -> tuple[float, float]:
-    """Slope and R2 of the straight line through the points."""
-    x, y = torch.tensor(points, dtype=torch.float64).T
-    x, y = x - x.mean(), y - y.mean()
-    slope = (x @ y) / (x @ x)
-    return float(slope), float(1 - ((y - slope * x) ** 2).sum() / (y @ y))
+def scored_keys(method: HierarchicalMethod, T: int) -> float:
+    """Keys that the search of the last block of T reads."""
+    options = method._options(LAYER, method.block_q)
+    if not isinstance(options, TreeOptions | StageOptions):
+        raise TypeError(f"expected options of a search, got {options}")
+    low, high = options.candidates(T - options.block_q)
+    return loads(options, (high - low) * options.block_k)
 
 
-def last_chunk(method: Method, q: Tensor, k: Tensor) -> tuple[float, float]:
+def laws(rows: list[dict[str, Any]]) -> None:
+    """Prints how well straight lines fit: time or scored keys of the last block, time of a prompt.
+
+    R2 is that of the line; after each point, the line's value over the measured one.
+    """
+    T = [row["length"] for row in rows]
+    log, product = [math.log2(t) for t in T], [t * math.log2(t) for t in T]
+    block, keys = [row["search_block_ms"] for row in rows], [row["scored_keys"] for row in rows]
+    prompt = [row["search_ms"] for row in rows]
+    for what, y, laws in (
+        ("time of a prompt", prompt, (("T log2 T", product), ("T^2", [t * t for t in T]))),
+        ("time of the last block", block, (("log2 T", log), ("T", T), ("its scored keys", keys))),
+        ("scored keys of the last block", keys, (("log2 T", log), ("T", T))),
+    ):
+        for law, x in laws:
+            line, r2 = fit(x, y)
+            ratios = " ".join(f"{a / b:.2f}" for a, b in zip(line, y, strict=True))
+            print(f"{rows[0]['method']}: {what} = a + b {law}: R2 {r2:.3f}; {ratios}")
+
+
+def fit(x: list[float], y: list[float]) -> tuple[list[float], float]:
+    """Values of the straight line of least squares through the points, and its R2."""
+    a, b = torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    a = a - a.mean()
+    line = b.mean() + (a @ (b - b.mean())) / (a @ a) * a
+    return line.tolist(), float(1 - ((b - line) ** 2).sum() / ((b - b.mean()) ** 2).sum())
+
+
+def last_blocks(method: Method, q: Tensor, k: Tensor) -> tuple[float, float]:
     """CPU times in ms of search and of attend for the last queries, the best of three."""
     context = LayerContext(layer_idx=LAYER)
     index = method.prefill(q, k, context)
@@ -131,7 +168,7 @@ def prefill(
     out: Out = Path("bench/results"),
 ) -> None:  # fmt: skip
     """A whole prompt through `Method.parts` and attend, against SDPA."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for T in map(tokens, lengths.split(",")):
         times = timed(prompt_calls(*qkv(T, T, heads, dtype)), rounds=3)
         rows += report("prefill", T, heads, dtype, times)
@@ -145,7 +182,7 @@ def decode(
     out: Out = Path("bench/results"),
 ) -> None:  # fmt: skip
     """One token of a sequence, mean over as many steps as a list is kept, against SDPA."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for T in map(tokens, lengths.split(",")):
         calls = decode_calls(*qkv(refresh, T, heads, dtype))
         times = {name: ms / refresh for name, ms in timed(calls, rounds=7).items()}
@@ -184,10 +221,10 @@ def run(method: Method, q: Tensor, k: Tensor, v: Tensor, layer: LayerContext | N
     for row0, row1, index in method.parts(q, k, layer or LayerContext(layer_idx=LAYER)):
         end = offset + row1
         part = q[:, :, row0:row1], k[:, :, :end], v[:, :, :end]
-        if index is None:
-            lowcontext.attention(*part)
-        else:
+        if isinstance(index, BlockIndex):
             sparse_attention(*part, index)
+        else:
+            lowcontext.attention(*part)
 
 
 def steps(method: Method, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -207,9 +244,10 @@ def check(method: Method, q: Tensor, k: Tensor, v: Tensor) -> None:
     if index is None:
         return  # dense: nothing was selected
     ours, exact = (
-        sparse_attention(q, k, v, index, backend=backend) for backend in ("auto", "reference")
+        torch.as_tensor(sparse_attention(q, k, v, index, backend=backend)).float()
+        for backend in ("auto", "reference")
     )
-    error = float((ours.float() - exact.float()).abs().max())
+    error = float((ours - exact).abs().max())
     if not error <= (1e-5 if q.dtype == torch.float32 else 1e-2):
         raise RuntimeError(f"{method}: error {error:.2e} against the reference; not timed")
 

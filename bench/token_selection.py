@@ -4,7 +4,6 @@ python -m bench.token_selection mass CHECKPOINT     attention mass against budge
 python -m bench.token_selection decode              time per step on 128K keys, against SDPA
 python -m bench.token_selection memory              peak memory of a 64K prompt, whole and in chunks
 python -m bench.token_selection tokens              share of greedy tokens equal to dense
-python -m bench.token_selection positions CHECKPOINT   needles at 8 times the length dense can read
 """
 
 from __future__ import annotations
@@ -295,51 +294,6 @@ def tokens(
         table.add_row(str(method), f"{until} of {new}", f"{share / len(forced):.3f}")
     console.print(table)
     _write(out, "tokens", rows)
-
-
-@app.command()
-@torch.inference_mode()
-def positions(
-    folder: Annotated[str, typer.Argument(help="A checkpoint; see `lowcontext checkpoint`.")],
-    faster: Annotated[float, typer.Option(help="Factor of the content frequencies.")] = 1024.0,
-    trained: Annotated[int, typer.Option(help="Tokens at which dense still answers.")] = 1024,
-    times: Annotated[int, typer.Option(help="Multiple of that to read.")] = 8,
-    out: Out = RESULTS,
-) -> None:
-    """Needles beyond the length at which dense attention finds them, by kind of positions.
-
-    The frequencies that carry the checkpoint's content are raised, as if it had been trained for
-    shorter texts: at many times that length the match no longer survives its rotation.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from lowcontext.eval import NeedleGrid, run_needle
-
-    if times < 2:
-        raise typer.BadParameter(f"--times: expected at least 2, got {times}")
-    if not Path(folder).is_dir():
-        raise typer.BadParameter(f"folder: expected a checkpoint, got {folder}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    model.model.rotary_emb.inv_freq[15:] *= faster
-    lengths = (trained, times * trained)
-    budget: dict[str, Any] = {"k": 256, "sink": 64, "local": 256}
-    table = Table("method", *(f"{n} tokens" for n in lengths), box=MARKDOWN)
-    rows = []
-    for method in (
-        lowcontext.get_method("dense"),
-        TokenSelect(**budget),
-        TokenSelect(**budget, positions="compact"),
-    ):
-        with lowcontext.patched(model, method):
-            grid = NeedleGrid(lengths=lengths, task="multikey")
-            found = list(run_needle(model, tokenizer, grid, method=str(method)))
-        right = [sum(row.correct for row in found if row.length == n) for n in lengths]
-        each = len(found) // len(lengths)
-        rows.append({"method": str(method), "faster": faster, "right": right, "of": each})
-        table.add_row(str(method), *(f"{n} of {each}" for n in right))
-    console.print(table)
-    _write(out, "positions", rows)
 
 
 def _write(out: Path, name: str, rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import compare, gpu, gpu_suite, run, selection_study, token_selection
+from bench import compare, extension, gpu, gpu_suite, hierarchy, run, selection_study
 from bench.device import Device
 from bench.gpu_cases import Case, Ceilings, DecodeLists, Prefill
 from bench.gpu_methods import DecodeSteps, Prompt
@@ -267,8 +267,9 @@ COMMANDS = [
     (selection_study.app, ["--lengths", "1k", "--budget", "256"], "lengths"),
     (selection_study.app, ["--lengths", "8k", "--budget", "100000"], "budget"),
     (selection_study.app, ["--lengths", "8x"], "lengths"),
-    (token_selection.app, ["positions", "nosuch"], "nosuch"),
-    (token_selection.app, ["positions", "nosuch", "--times", "1"], "times"),
+    (extension.app, ["nosuch"], "nosuch"),
+    (extension.app, [".", "--methods", "nosuch"], "methods"),
+    (hierarchy.app, ["growth", "--only", "quest"], "only"),
 ]
 
 
