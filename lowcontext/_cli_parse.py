@@ -181,9 +181,10 @@ def load_model(
     if device_map is None:
         try:
             model.to(torch.device(device))  # type: ignore[arg-type]
-        except AssertionError as error:  # what a build of torch without CUDA raises
+        # Builds of torch without CUDA raise the first, those with it the second.
+        except (AssertionError, RuntimeError) as error:
             raise ValueError(
-                f"--device: expected one of torch's, got {device!r}: {error}"
+                f"--device: expected one that torch can use, got {device!r}: {error}"
             ) from error
     return model.eval(), tokenizer
 

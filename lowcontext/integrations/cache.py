@@ -69,7 +69,9 @@ class SparseCacheLayer(CacheLayerMixin):
         self.shared = SharedMemory() if shared is None else shared
         self._contexts: dict[Row, LayerContext] = {}
         self._method: Method | None = None
-        super().__init__()
+        # Not by the base class: it assigns keys and values, which a graph compiled by torch 2.11
+        # does to the layer it makes before that has a memory to drop.
+        self.is_initialized = False
 
     # -- what transformers calls ----------------------------------------------------------------
 
