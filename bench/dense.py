@@ -19,30 +19,34 @@ _SDPA = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTIO
 
 
 def dense_calls(
-    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, only: str = ""
 ) -> tuple[dict[str, Call], dict[str, str]]:
-    """Causal dense attention by every implementation that runs these tensors here.
+    """Causal dense attention by every implementation that runs these tensors here: each is tried.
 
     Args:
         q: [B, Hq, Lq, D] with Lq 1 or Lk; k, v: [B, Hkv, Lk, D].
         scale: factor of the logits, default `D ** -0.5`.
+        only: try this one alone, and leave out ours.
 
     Returns:
-        Calls by name, "ours" among them, and what is missing with the reason.
+        Calls by name, "ours-dense" among them, and what is missing with the reason.
     """
     scale = q.shape[3] ** -0.5 if scale is None else scale
     calls: dict[str, Call] = {}
     missing: dict[str, str] = {}
     for variants in _makers(q.is_cuda, q.shape[2]):
         for name, make in variants.items():
+            if only not in ("", name):
+                continue
             try:
-                # A few keys show whether an implementation takes such tensors at all.
-                make(*(x[:, :, :256] for x in (q, k, v)), scale)()
-                calls[name] = make(q, k, v, scale)
+                call = make(q, k, v, scale)
+                call()
+                calls[name] = call
                 break
             except (RuntimeError, ImportError, AttributeError, TypeError, ValueError) as error:
                 missing[name] = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-    calls["ours-dense"] = lambda: lowcontext.attention(q, k, v, scale=scale)
+    if not only:
+        calls["ours-dense"] = lambda: lowcontext.attention(q, k, v, scale=scale)
     return calls, missing
 
 

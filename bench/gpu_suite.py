@@ -40,21 +40,21 @@ def cases() -> Iterator[Case]:
     yield Ceilings()
     yield Prefill(32 * K)
     yield Prefill(128 * K)
-    yield Prompt(128 * K, seconds=40)
+    yield Prompt(128 * K, seconds=90)
     yield DecodeLists(128 * K, B=8)
-    yield DecodeSteps(128 * K)
+    yield DecodeSteps(128 * K, seconds=60)
     yield Prompt(32 * K)
     yield DecodeSteps(1024 * K, seconds=30)
     yield Prompt(256 * K, seconds=40, rounds=2)
     yield Prefill(8 * K)
     yield DecodeSteps(32 * K)
-    yield Prompt(512 * K, seconds=60, rounds=1)
-    yield Prompt(1024 * K, seconds=120, rounds=1)
     yield Prompt(64 * K)
     yield Prefill(32 * K, **seven)
-    yield Prefill(128 * K, **seven)
     yield Prefill(32 * K, B=4)
+    yield Prompt(512 * K, seconds=60, rounds=1)
+    yield Prompt(1024 * K, seconds=120, rounds=1)
     yield DecodeLists(128 * K, B=8, **seven)
+    yield Prefill(128 * K, **seven)
     yield DecodeSteps(128 * K, B=4)
     yield DecodeSteps(128 * K, **seven)
     yield Prompt(128 * K, seconds=40, **seven)
@@ -88,7 +88,7 @@ class Run:
     commit: str | None = None
 
     def all(self, chosen: list[Case], restart: Callable[[], None] | None = None) -> None:
-        """Runs the cases that have no row in the file yet.
+        """Runs the cases that have no row in the file yet, or one for which no time was left.
 
         Args:
             chosen: the cases.
@@ -125,14 +125,15 @@ class Run:
     def _done(self) -> set[str]:
         if not self.path.exists():
             return set()
-        return {json.loads(line)["case"] for line in self.path.read_text().splitlines()}
+        rows = map(json.loads, self.path.read_text().splitlines())
+        return {row["case"] for row in rows if not row.get("open")}
 
     def _one(self, case: Case, write: _Writer, monitor: Monitor | None) -> None:
         label: Row = {"section": case.section, "case": case.name}
         left = self.until - time.time()
         free = self.device.free_bytes()
         if left < _LEAST * case.seconds:
-            write({**label, "skipped": f"{max(0, left):.0f} s left"})
+            write({**label, "skipped": f"{max(0, left):.0f} s left", "open": True})
             return
         if free is not None and case.bytes > free:
             sizes = f"{case.bytes / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
