@@ -166,10 +166,8 @@ def _draw_ticks(axes: Any, grid: _Grid, *, first: bool) -> None:
 
 def _draw_header(axes: Any, method: str, rows: list[NeedleRow], grid: _Grid) -> None:
     """Writes the method's name and quiet lines of settings and figures above a heatmap."""
-    _, *settings = method_lines(method, 7.5, grid.width)
-    (name,) = textwrap.wrap(
-        method.partition("(")[0], _chars(10.5, grid.width), max_lines=1, placeholder="…"
-    )
+    settings = method_lines(method, 7.5, grid.width)[1:]
+    name = method_lines(method, 10.5, grid.width)[0]
     missing = grid.settings - len(settings)
     lines = [*settings, *[""] * missing, *_figures(rows)]
     for place, line in enumerate(reversed(lines)):
@@ -230,19 +228,17 @@ def method_lines(label: str, size: float, width: float) -> list[str]:
 
     Args:
         label: The method as rows name it.
-        size: Font size of the settings.
-        width: Inches that there are for them.
+        size: Font size in points.
+        width: Inches that there are.
 
     Returns:
         The name, then no line, one or two; what does not fit is cut off.
     """
     name, _, options = label.partition("(")
+    chars = int(width / (CHAR * size))
+    if len(name) > chars:
+        name = f"{name[: chars - 1]}…"
     settings = textwrap.wrap(
-        options.removesuffix(")"), _chars(size, width), max_lines=SETTINGS_LINES, placeholder=" …"
+        options.removesuffix(")"), chars, max_lines=SETTINGS_LINES, placeholder=" …"
     )
     return [name, *settings]
-
-
-def _chars(size: float, width: float) -> int:
-    """Characters of a font size that fit a width in inches."""
-    return int(width / (CHAR * size))

@@ -87,6 +87,7 @@ def overlaps(figure: Any) -> list[tuple[str, str]]:
 # Methods with settings as long as they come, enough of them for the colours to come round again.
 LABELS = [
     "dense",
+    "a-run-of-a-long-name-and-before/ruler: minference(gain=0.25)",
     "minference(patterns=checkpoints/llama-3-8b/patterns-at-32k.json, gain=0.25, vertical=2048)",
     *(
         f"infinitehip(dense_layers=3, budget={n}, sink=128, window=448, wide_layers=0)"

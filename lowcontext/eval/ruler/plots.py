@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ SERIES = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56
 MARKERS = "osD^vP*X"
 PANEL_COLUMNS = 3
 LEGEND = 2.2  # inches
+NOTE_CHARS = 34  # under a panel of the densities
+TICKS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)  # percent
 PHASES = {"prefill": "density", "decode": "density_decode"}
 
 
@@ -112,6 +115,8 @@ def _density(lines: Sequence[RulerSummary]) -> Any:
         0.7 + LEGEND + 2.5 * columns, max(0.5 + 2.7 * height * len(PHASES), _legend_height(lines))
     )
     figure.suptitle("Score against density", color=INK, weight="bold", fontsize=11)
+    known = [getattr(line, field) for line in lines for field in PHASES.values()]
+    low = min([1.0, *(70 * density for density in known if density)])
     panels = figure.subplots(height * len(PHASES), columns, sharey=True, squeeze=False)
     for place, (phase, field) in enumerate(PHASES.items()):
         part = panels[place * height : (place + 1) * height].flatten()
@@ -120,6 +125,9 @@ def _density(lines: Sequence[RulerSummary]) -> Any:
         for axes, length in zip(part, lengths, strict=False):
             axes.set_title(f"{tokens(length)}, {phase}", fontsize=9, color=INK)
             _score_against(axes, _series(lines, length), field)
+            axes.set_xlim(low, 130)
+            axes.set_xticks([tick for tick in TICKS if tick >= low])
+            axes.minorticks_off()
     for axes in panels[:, 0]:
         axes.set_ylabel("mean score in % (95% interval)", fontsize=8, color=FAINT)
     _legend(figure, lines)
@@ -138,16 +146,10 @@ def _score_against(
             continue
         error = [[100 * (line.score - line.low)], [100 * (line.high - line.score)]]
         axes.errorbar([100 * density], [100 * line.score], yerr=error, capsize=2, lw=0.8, **style)
-    if unknown:
-        note = "\n".join(["not measured:", *unknown])
-        place = {"xy": (0.03, 0.03), "xycoords": "axes fraction", "va": "bottom"}
-        axes.annotate(note, fontsize=7, color=FAINT, **place)
     axes.set_xscale("log")
-    axes.set_xlim(1, 130)
-    axes.set_xticks([1, 3, 10, 30, 100])
-    axes.minorticks_off()
     axes.xaxis.set_major_formatter("{x:g}%")
-    axes.set_xlabel("pairs read", fontsize=8, color=FAINT)
+    note = textwrap.wrap(f"not measured: {', '.join(unknown)}", NOTE_CHARS) if unknown else []
+    axes.set_xlabel("\n".join(["pairs read", *note]), fontsize=8, color=FAINT)
     axes.set_ylim(-4, 104)
     _quiet(axes)
 

@@ -153,13 +153,21 @@ def test_a_method_without_density_is_named_and_every_method_is_in_the_legend(
     ]
     plot_ruler(rows, tmp_path)
     figure = drawn["ruler-density.png"]
-    notes = {axes.get_title(): [text.get_text() for text in axes.texts] for axes in figure.axes}
-    assert notes["4K, prefill"] == ["not measured:\nbare"]
-    assert notes["4K, decode"] == ["not measured:\nshort"]
-    assert notes["16K, prefill"] == []
+    notes = {axes.get_title(): axes.get_xlabel() for axes in figure.axes}
+    assert notes["4K, prefill"] == "pairs read\nnot measured: bare"
+    assert notes["4K, decode"] == "pairs read\nnot measured: short"
+    assert notes["16K, prefill"] == "pairs read"
     for name in ("ruler-density.png", "ruler-latency.png"):
         labels = [text.get_text() for text in drawn[name].legends[0].get_texts()]
         assert labels == ["dense", "bare", "short", "late\nbudget=64"]
+
+
+def test_the_axis_of_the_densities_reaches_down_to_the_smallest(
+    tmp_path: Path, drawn: dict[str, Any]
+) -> None:
+    for density, end in ((0.5, 1.0), (0.002, 0.14)):
+        plot_ruler([replace(ROW, density=density, stats={})], tmp_path)
+        assert drawn["ruler-density.png"].axes[0].get_xlim()[0] == pytest.approx(end)
 
 
 def test_sources_and_the_text_of_their_files_are_part_of_a_rows_key(
