@@ -143,8 +143,10 @@ def test_mass_masks_equal_the_reference(
     forced = torch.rand(2, x.shape[1], generator=torch.Generator().manual_seed(9)) < 0.1
     forced = forced.to(DEVICE).t().contiguous().t()  # heads vary faster than keys
     weights = x.view(3, 2, -1)
+    if long and kind != "few":  # whose rows differ; an interpreted row of 700 takes a second
+        weights = weights[:1]
     calls = [(0.9, forced), (0.5, None), (0.25, forced[0]), (1e-9, None), (1 - 2**-30, forced)]
-    for share, flags in calls[: 2 if long else None]:
+    for share, flags in calls[: (1 if N >= 700 else 2) if long else None]:
         ours = votes.mass_mask(weights, share, forced=flags, backend="triton")
         plain = votes.mass_mask(weights, share, forced=flags, backend="reference")
         assert torch.equal(ours, plain), share
@@ -152,7 +154,7 @@ def test_mass_masks_equal_the_reference(
 
 @pytest.mark.ops("mass")
 def test_a_mass_mask_of_a_row_longer_than_a_program_holds_equals_the_reference() -> None:
-    x = weights_of("ties", 20000)[1::2, 3:]  # rows that lie apart, at an odd address
+    x = weights_of("ties", 20000)[1:4:2, 3:]  # rows that lie apart, at an odd address
     ours = votes.mass_mask(x, 0.6, backend="triton")
     assert torch.equal(ours, votes.mass_mask(x, 0.6, backend="reference"))
 
@@ -288,8 +290,8 @@ def searched(
         (40, 40, 8, replace(FEW, chunk_score="last"), torch.float32),
         (18, 450, 20, replace(FEW, share="head", representative="last"), torch.float16),
         (20, 400, 8, replace(FEW, share="layer", rows="last"), torch.bfloat16),
-        (1, 900, 136, replace(STAGES, block_q=1, representative="first"), torch.bfloat16),
-        (50, 333, 8, replace(STAGES, stages=(Stage(64, 128, 4, 3), Stage(8))), torch.float32),
+        (1, 900, 136, replace(FEW, block_q=1, representative="first"), torch.bfloat16),
+        (20, 333, 8, replace(STAGES, stages=(Stage(64, 128, 4, 3), Stage(8))), torch.float32),
     ],
 )
 def test_a_search_finds_what_the_reference_finds(
@@ -303,7 +305,7 @@ def test_a_search_finds_what_the_reference_finds(
 
 
 @pytest.mark.ops("search")
-@pytest.mark.parametrize("options", [TREE, FEW])
+@pytest.mark.parametrize("options", [TREE, replace(FEW, stages=FEW.stages[1:])])
 def test_a_search_in_groups_of_query_blocks_finds_the_same(
     options: SearchOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
