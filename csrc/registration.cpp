@@ -24,6 +24,7 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
   m.def("quantize_keys(Tensor k, int bits) -> (Tensor, Tensor)");
   m.def("soft_vote(Tensor scores, Tensor lse, int heads) -> Tensor");
   m.def("topk(Tensor scores, int k, Tensor? limits) -> (Tensor, Tensor)");
+  m.def("mass_mask(Tensor weights, int share, Tensor? forced) -> Tensor");
   m.def(
       "hip_tree(Tensor q, Tensor k, int block_q, int block_k, int sink, int window, int picks, int "
       "lists, int width, int row_stride, bool mean_rows, int representative, int ahead, int leaf, "

@@ -55,7 +55,8 @@ def op_table(devices: Sequence[str]) -> Table:
     from lowcontext.ops import _dispatch, block_scores, hierarchy, vertical_slash, votes
 
     ops = [
-        (votes, ("token_scores", "page_scores", "soft_vote", "topk", "quantize_keys")),
+        (votes, ("token_scores", "page_scores", "quantize_keys")),
+        (votes, ("soft_vote", "topk", "mass_mask")),
         (vertical_slash, ("last_window_scores", "line_index")),
         (block_scores, ("antidiagonal_scores", "block_means")),
         (hierarchy, ("hip_tree", "hip_stage")),

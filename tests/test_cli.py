@@ -38,7 +38,8 @@ def test_info_says_which_backend_each_op_takes(monkeypatch: pytest.MonkeyPatch) 
     reasons = {"native": "gone", "triton": "gone"}
     monkeypatch.setattr(_dispatch, "_status", reasons.get)
     output = runner.invoke(app, ["info"]).output
-    for name in ("sparse_attention", "topk", "line_index", "antidiagonal_scores", "hip_stage"):
+    ops = ("sparse_attention", "topk", "mass_mask", "line_index", "antidiagonal_scores", "hip_tree")
+    for name in ops:
         line = next(line for line in output.splitlines() if name in line)
         assert "reference" in line
     monkeypatch.setattr(_dispatch, "_status", lambda name: "gone")

@@ -11,8 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowcontext.ops import native
 from lowcontext.ops.votes import mass_mask
 
+BACKENDS = ["reference", *(["native"] if native.status() is None else [])]
 VALUES = [-math.inf, math.nan, -1.0, -0.0, 0.0, 0.125, 0.25, 0.25, 0.5, 1.0, 3.0]
 
 
@@ -27,6 +29,7 @@ def exact(row: list[float], share: Fraction, forced: list[bool]) -> list[bool]:
     return keep
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     st.lists(st.tuples(st.sampled_from(VALUES), st.booleans()), min_size=1, max_size=30),
@@ -34,50 +37,83 @@ def exact(row: list[float], share: Fraction, forced: list[bool]) -> list[bool]:
     st.booleans(),
 )
 def test_the_largest_entries_until_their_exact_mass_reaches_the_share(
-    entries: list[tuple[float, bool]], units: int, force: bool
+    backend: str, entries: list[tuple[float, bool]], units: int, force: bool
 ) -> None:
     row, flags = [x for x, _ in entries], [flag and force for _, flag in entries]
     forced = torch.tensor(flags) if force else None
-    keep = mass_mask(torch.tensor([row]), units / 2**30, forced=forced, backend="reference")
+    keep = mass_mask(torch.tensor([row]), units / 2**30, forced=forced, backend=backend)
     assert keep[0].tolist() == exact(row, Fraction(units, 2**30), flags)
 
 
-def test_a_share_that_is_met_exactly_takes_no_further_entry() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_share_that_is_met_exactly_takes_no_further_entry(backend: str) -> None:
     weights = torch.tensor([0.25, 0.5, 0.25])
-    assert mass_mask(weights, 0.5).tolist() == [False, True, False]
-    assert mass_mask(weights, 0.75).tolist() == [True, True, False]
-    # 0.9 in steps of 2^-30 is above the share of nine in ten.
-    assert int(mass_mask(torch.ones(10), 0.9).sum()) == 10 - (round(0.9 * 2**30) <= 0.9 * 2**30)
+    assert mass_mask(weights, 0.5, backend=backend).tolist() == [False, True, False]
+    assert mass_mask(weights, 0.75, backend=backend).tolist() == [True, True, False]
 
 
-def test_masses_below_the_unit_count_nothing_and_subnormal_rows_count_exactly() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_masses_below_the_unit_count_nothing_and_subnormal_rows_exactly(backend: str) -> None:
     weights = torch.tensor([1.0, *[2.0**-41] * 9])
-    assert mass_mask(weights, 1 - 2**-30).tolist() == [True] + [False] * 9
-    assert mass_mask(weights, 1.0).all()
+    assert mass_mask(weights, 1 - 2**-30, backend=backend).tolist() == [True] + [False] * 9
+    assert mass_mask(weights, 1.0, backend=backend).all()
     tiny = torch.tensor([3e-44, 1e-44, 2e-44, 0.0])
-    assert mass_mask(tiny, 0.6).tolist() == [True, False, True, False]
+    assert mass_mask(tiny, 0.6, backend=backend).tolist() == [True, False, True, False]
 
 
-def test_forced_rows_repeat_over_the_leading_dims() -> None:
+@pytest.mark.skipif(native.status() is not None, reason=f"native backend: {native.status()}")
+@pytest.mark.parametrize("threads", [1, 3])
+def test_native_marks_what_the_reference_marks_in_long_rows(threads: int) -> None:
+    gen = torch.Generator().manual_seed(3)
+    weights = torch.randn(7, 3, 5000, generator=gen).exp()
+    weights[:, 0] = (8 * weights[:, 0]).floor() / 8  # ties
+    weights[:, 1, ::3] = -torch.inf
+    forced = torch.rand(5000, 3, generator=gen).t() < 0.01
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    for share, flags in ((0.3, None), (0.9, forced), (1e-8, None), (1 - 2**-30, forced[0])):
+        given = weights[..., 1:], share
+        own = None if flags is None else flags[..., 1:]
+        ours = mass_mask(*given, forced=own, backend="native")
+        assert torch.equal(ours, mass_mask(*given, forced=own, backend="reference"))
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(native.status() is not None, reason=f"native backend: {native.status()}")
+def test_the_fake_op_agrees_with_the_real_one() -> None:
+    x = torch.rand(4, 9)
+    mass_mask(x, 0.5, backend="native")  # registers the fake
+    op = torch.ops.lowcontext.mass_mask.default
+    for args in (
+        (x, 2**29, None),
+        (x, 1, torch.zeros(2, 9, dtype=torch.bool)),
+        (x[:, :0], 1, None),
+    ):
+        torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forced_rows_repeat_over_the_leading_dims(backend: str) -> None:
     gen = torch.Generator().manual_seed(0)
     weights = torch.rand(2, 3, 5, 40, generator=gen)
     forced = torch.rand(5, 40, generator=gen) < 0.1
-    whole = mass_mask(weights, 0.4, forced=forced)
+    whole = mass_mask(weights, 0.4, forced=forced, backend=backend)
     for b in range(2):
         for h in range(3):
             for n in range(5):
-                alone = mass_mask(weights[b, h, n], 0.4, forced=forced[n])
+                alone = mass_mask(weights[b, h, n], 0.4, forced=forced[n], backend=backend)
                 assert torch.equal(whole[b, h, n], alone)
     assert torch.equal(mass_mask(weights, 1.0, forced=forced), weights >= 0)
-    assert mass_mask(weights[..., :0], 0.5).shape == (2, 3, 5, 0)
+    assert mass_mask(weights[..., :0], 0.5, backend=backend).shape == (2, 3, 5, 0)
 
 
-def test_the_set_does_not_depend_on_the_order_of_the_entries() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_set_does_not_depend_on_the_order_of_the_entries(backend: str) -> None:
     # 2^20 entries: fp32 sums in another order differ by more than an entry.
     gen = torch.Generator().manual_seed(1)
     weights = torch.rand(2**20, generator=gen).square()
     places = torch.randperm(2**20, generator=gen)
-    keep, moved = mass_mask(weights, 0.7), mass_mask(weights[places], 0.7)
+    keep, moved = (mass_mask(x, 0.7, backend=backend) for x in (weights, weights[places]))
     assert torch.equal(weights[keep].sort().values, weights[places][moved].sort().values)
     mass = weights.double()
     assert mass[keep].sum() >= 0.7 * mass.sum() > mass[keep].sum() - mass[keep].min()

@@ -200,7 +200,7 @@ def mass_mask(
             part and are never marked.
         share: above 0; from 1 on, every entry that takes part is marked.
         forced: bool [N] or [R, N] for weights [..., R, N]; taken first, where they take part.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         bool [..., N].

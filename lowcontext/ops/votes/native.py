@@ -1,4 +1,4 @@
-"""The C++ kernels of csrc/cpu/token_scores.cpp and csrc/cpu/topk.cpp."""
+"""The C++ kernels of token_scores.cpp, topk.cpp and mass_mask.cpp in csrc/cpu."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _load = loader(
         "token_scores": _fakes.token_scores,
         "soft_vote": _fakes.soft_vote,
         "topk": _fakes.topk,
+        "mass_mask": _fakes.mass_mask,
         "page_scores": _fakes.page_scores,
         "quantize_keys": _fakes.quantize_keys,
     }
@@ -22,8 +23,6 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8
 
 def supports(op: str, like: Tensor) -> str | None:
     """None if the kernels take tensors like this one, else the reason they do not."""
-    if op == "mass_mask":
-        return "it does not have this op"
     if like.device.type != "cpu":
         return f"its kernels run on the CPU, the tensor is on {like.device.type}"
     if like.dtype not in _DTYPES:
@@ -60,6 +59,13 @@ def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]
     _load()
     limits = None if limits is None else limits.contiguous()
     return torch.ops.lowcontext.topk(scores.contiguous(), k, limits)
+
+
+def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
+    """See `lowcontext.ops.votes.mass_mask`; weights [rows, N], forced [R, N], share in 2^-30."""
+    _load()
+    forced = None if forced is None else forced.contiguous()
+    return torch.ops.lowcontext.mass_mask(weights.contiguous(), share, forced)
 
 
 def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
