@@ -125,6 +125,7 @@ def row(config: AnyConfig, launch: Launch, capability: int) -> dict[str, str | i
         "shared": resources.shared,
         "limit": SHARED_LIMIT[capability],
         "blocks": blocks_per_multiprocessor(resources, capability),
+        "ahead": "" if resources.in_flight is None else resources.in_flight,
         "products": "+".join(name for name, op in _INSTRUCTIONS.items() if op in resources.ptx)
         + (" serialized" if resources.serialized else ""),
     }

@@ -58,8 +58,35 @@ def test_kernels_compile_without_spills_and_within_shared_memory(
         assert "serialized" not in line["products"], line
         if line["kernel"] == "prefill" and "bfloat16" in line["config"]:
             assert line["products"] == tensor_cores, line
+        if line["kernel"] in ("prefill", "decode") and "bfloat16" in line["config"]:
+            assert line["ahead"] == 2, f"expected copies two tiles ahead, got {line}"
         if line["kernel"] == "token_scores" and "float32" not in line["config"]:
             assert line["products"] == "mma.sync", line
         if "float32" in line["config"]:
             assert line["products"] == "", f"expected IEEE products, got {line}"
     assert done.returncode == 0, done.stderr
+
+
+PTX = """
+$L__BB0_1:
+	cp.async.wait_group 	0;
+	@%p1 bra 	$L__BB0_4;
+$L__BB0_2:
+	cp.async.wait_group 	1;
+	@%p2 bra 	$L__BB0_2;
+$L__BB0_3:
+	cp.async.wait_group 	2;
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 0;
+	@%p3 bra 	$L__BB0_3;
+	wgmma.wait_group.sync.aligned 0;
+	@%p4 bra 	$L__BB0_1;
+$L__BB0_4:
+"""
+
+
+def test_copies_ahead_are_those_of_the_innermost_loops_with_products() -> None:
+    from lowcontext.ops.triton.resources import copies_in_flight
+
+    assert copies_in_flight(PTX) == 2
+    assert copies_in_flight(PTX.replace("wait_group 	2", "wait_group 	0")) == 0
+    assert copies_in_flight(PTX.replace("mma_async", "fence")) is None

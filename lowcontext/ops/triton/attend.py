@@ -90,6 +90,20 @@ def _step(
 
 
 @triton.jit
+def _tile_start(
+    starts_ptr, stride_ss, i, last, skip_at, skip, PIECES: tl.constexpr, BLOCK_N: tl.constexpr,
+):
+    """First key of piece i, if it is before `last`; from `skip_at` on, `skip` pieces are left out.
+
+    Loops ask for it an iteration ahead. A load of the same iteration would go through shared
+    memory, and in the interior loop each tile then waited for copies that had just begun.
+    """
+    piece = i + tl.where(i >= skip_at, skip, 0)
+    entry = starts_ptr + (piece // PIECES).to(tl.int64) * stride_ss
+    return tl.load(entry, mask=i < last, other=0).to(tl.int64) + (piece % PIECES) * BLOCK_N
+
+
+@triton.jit
 def _tiles(
     q, acc, m, z, kv, starts, first, last, skip_at, skip, span, positions, logits,
     MASKED: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -97,9 +111,9 @@ def _tiles(
 ):
     """Attends to pieces first .. last - 1 of the tile list; a piece is BLOCK_N keys.
 
-    From piece `skip_at` on, `skip` pieces are left out: the interior ones, which an unmasked call
-    handles. Unmasked pieces are clamped into the keys, so that a list that breaks its promise to
-    ascend gives a wrong result but reads no foreign memory.
+    A masked call leaves the interior pieces out, which an unmasked one handles. Unmasked pieces are
+    clamped into the keys, so that a list that breaks its promise to ascend gives a wrong result but
+    reads no foreign memory.
     """
     k_ptr, v_ptr, stride_kl, stride_vl = kv
     starts_ptr, stride_ss = starts
@@ -107,15 +121,15 @@ def _tiles(
     logit_scale, cap = logits
     PIECES: tl.constexpr = BLOCK_K // BLOCK_N
     offsets = tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    ahead = 0
+    if not DENSE:
+        ahead = _tile_start(starts_ptr, stride_ss, first, last, skip_at, skip, PIECES, BLOCK_N)
     for i in range(first, last):
-        piece = i
-        if MASKED:
-            piece = i + tl.where(i >= skip_at, skip, 0)
         if DENSE:
-            start = piece.to(tl.int64) * BLOCK_N
+            start = (i + tl.where(i >= skip_at, skip, 0)).to(tl.int64) * BLOCK_N
         else:
-            entry = starts_ptr + (piece // PIECES).to(tl.int64) * stride_ss
-            start = tl.load(entry).to(tl.int64) + (piece % PIECES) * BLOCK_N  # scalar
+            start = ahead  # scalar
+            ahead = _tile_start(starts_ptr, stride_ss, i + 1, last, skip_at, skip, PIECES, BLOCK_N)
         if MASKED:
             keys = start + offsets
             valid = (keys >= low) & (keys <= high)
@@ -135,6 +149,14 @@ def _tiles(
 
 
 @triton.jit
+def _listed_keys(list_ptr, stride_list, i, count, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Keys from i * BLOCK_N on of `count` runs of WIDTH keys [BLOCK_N], as `_tile_start`."""
+    flat = i * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+    entry = list_ptr + (flat // WIDTH).to(tl.int64) * stride_list
+    return tl.load(entry, mask=flat < count * WIDTH, other=0) + flat % WIDTH
+
+
+@triton.jit
 def _gather(
     q, acc, m, z, kv, entries, first, last, count, span, positions, logits,
     WIDTH: tl.constexpr, SOFTCAP: tl.constexpr,
@@ -145,12 +167,11 @@ def _gather(
     list_ptr, stride_list = entries
     low, high, Lk, window = span
     logit_scale, cap = logits
+    ahead = _listed_keys(list_ptr, stride_list, first, count, WIDTH, BLOCK_N)
     for i in range(first, last):
-        flat = i * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
-        listed = flat < count * WIDTH
-        entry = list_ptr + (flat // WIDTH).to(tl.int64) * stride_list
-        starts = tl.load(entry, mask=listed, other=0).to(tl.int64)  # [BLOCK_N]
-        rows = starts + flat % WIDTH
+        rows = ahead.to(tl.int64)  # [BLOCK_N]
+        listed = i * BLOCK_N + tl.arange(0, BLOCK_N) < count * WIDTH
+        ahead = _listed_keys(list_ptr, stride_list, i + 1, count, WIDTH, BLOCK_N)
         valid = listed & (rows >= low) & (rows <= high)
         keys = tl.where(valid, rows, Lk).to(tl.int32)
         acc, m, z = _step(
@@ -296,17 +317,20 @@ def prefill_kernel(
             whole = before * (BLOCK_K // BLOCK_N)
             whole_end = whole_end * (BLOCK_K // BLOCK_N)
         span = (low, high, Lk, window)
-        # The loop of the interior comes last: after it, ptxas would serialise the wgmma of both
-        # (C7515), so that tensor cores and softmax took turns.
         skip = whole_end - whole
-        acc, m, z = _tiles(
-            q, acc, m, z, kv, starts, first, last - skip, whole, skip, span, positions, logits,
-            True, DENSE, WINDOW, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
-        )
-        acc, m, z = _tiles(
-            q, acc, m, z, kv, starts, whole, whole_end, 0, 0, span, positions, logits,
-            False, DENSE, False, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
-        )
+        # Lists take the loop of the interior last, DENSE first: in the other order, with triton
+        # 3.7, ptxas puts a wait behind every wgmma of both loops (C7515).
+        for turn in tl.static_range(2):
+            if (turn == 0) == DENSE:
+                acc, m, z = _tiles(
+                    q, acc, m, z, kv, starts, whole, whole_end, 0, 0, span, positions, logits,
+                    False, DENSE, False, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
+                )
+            else:
+                acc, m, z = _tiles(
+                    q, acc, m, z, kv, starts, first, last - skip, whole, skip, span, positions,
+                    logits, True, DENSE, WINDOW, SOFTCAP, D, BLOCK_D, BLOCK_K, BLOCK_N,
+                )
     if COLUMNS:
         column_counts_ptr += b * column_counts_b + index_head * column_counts_h
         count = _count(column_counts_ptr + n * column_counts_n, C)

@@ -19,10 +19,6 @@ from lowcontext.ops.triton import attend
 
 LOG2E = math.log2(math.e)
 
-# By bytes per number. Left alone, the assembler gives a 16-bit kernel 128 registers where 146 are
-# needed and spills 8 bytes, for the hope of one block more. In fp32 the limit makes it unroll until
-# it spills up to 136 bytes, against 16 without.
-_MAX_REGISTERS = {2: 255, 4: None}
 # Query blocks shorter than this run in the decode kernel, which fills its rows with query heads.
 _MIN_PREFILL_BLOCK = 16
 # The most query rows (queries times heads) of a decode program, by bytes per number: 32 rows of
@@ -50,12 +46,17 @@ class Target:
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tile sizes of one kernel launch."""
+    """Tile sizes of one kernel launch.
+
+    Left alone, the assembler gives a 16-bit kernel 128 registers where 146 are needed and spills 8
+    bytes, for the hope of one block more. In fp32 a limit can have it unroll until it spills more.
+    """
 
     BLOCK_M: int
     BLOCK_N: int
     num_warps: int
     num_stages: int
+    registers: int | None = 255
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,13 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     tiles that spill no register and fit in shared memory. Not timed yet.
     """
     rows = max(16, min(128, triton.next_power_of_2(block_q)))
-    if itemsize == 4:  # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes
-        return Tiles(16, 32, 8, 2)
+    # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40. With a
+    # limit, D = 256 spills 16 bytes on sm_100; without one, D = 128.
+    if itemsize == 4:
+        return Tiles(16, 16, 8, 2, 128 if D <= 128 else None)
     if D > 128:  # 64 keys spill 32 bytes with softcap and window, on sm_90 as well
-        return Tiles(min(rows, 64), 32, 8, 2)
+        # Three stages take 128 KB, which sm_86, sm_89 and sm_12x do not have.
+        return Tiles(min(rows, 64), 32, 8, 3 if capability in (80, 90, 100, 103) else 2)
     # mma.sync reads its operands from registers: on sm_80 64 keys of D = 128 spill 32 bytes, and
     # 128 rows 8. wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
     if D > 64 and not 90 <= capability < 120:
@@ -120,8 +124,8 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
 def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
-    if itemsize == 4:
-        return Tiles(rows, 16, 4, 2)
+    if itemsize == 4:  # 4 warps spill 16 bytes with D = 256, and up to 152 with a limit
+        return Tiles(rows, 16, 8 if D > 128 else 4, 2, None)
     if D <= 128:
         return Tiles(rows, 64, 4, 3)
     return Tiles(rows, 32, 8 if rows > 32 else 4, 2)
@@ -166,8 +170,7 @@ def _prefill(
     sub_tiles = -(-block_q // tiles.BLOCK_M)
     args = _arguments(problem, out, lse, tiles, block_q, lead) | {"sub_tiles": sub_tiles}
     grid = (Nq * sub_tiles * Hq, B)
-    registers = _MAX_REGISTERS[q.element_size()]
-    return Launch(attend.prefill_kernel, grid, args, tiles.num_warps, tiles.num_stages, registers)
+    return _launch(attend.prefill_kernel, grid, args, tiles)
 
 
 def _decode(
@@ -193,8 +196,7 @@ def _decode(
     args = _arguments(problem, out, lse, tiles, block_q, lead)
     args |= {"pack": pack, "chunks": chunks, "splits": splits, "SPLIT": splits > 1}
     grid = (programs // B * splits, B)
-    registers = _MAX_REGISTERS[q.element_size()]
-    launch = Launch(attend.decode_kernel, grid, args, tiles.num_warps, tiles.num_stages, registers)
+    launch = _launch(attend.decode_kernel, grid, args, tiles)
     if splits == 1:
         return [launch]
     partial = torch.empty((B, Hq, Lq, splits, D), dtype=torch.float32, device=q.device)
@@ -217,6 +219,10 @@ def _decode(
         "CHUNK": 16,
     }
     return [launch, Launch(attend.combine_kernel, (B * Hq * Lq, 1), combine, 4, 1)]
+
+
+def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], tiles: Tiles) -> Launch:
+    return Launch(kernel, grid, args, tiles.num_warps, tiles.num_stages, tiles.registers)
 
 
 def _arguments(

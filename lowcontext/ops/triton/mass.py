@@ -24,7 +24,14 @@ import triton.language as tl
 from torch import Tensor
 
 from lowcontext.ops.triton.launch import Launch
-from lowcontext.ops.triton.select import kept, order_of, reaching, sum_before, threshold
+from lowcontext.ops.triton.select import (
+    kept,
+    order_of,
+    reaching,
+    row_launch,
+    sum_before,
+    threshold,
+)
 
 # Entries of a row that one program holds, and of a chunk of a longer one.
 ROW = 8192
@@ -218,8 +225,7 @@ def plan_mass_mask(
         args |= zip(("forced_r", "forced_n"), forced.stride(), strict=True)
     if N <= ROW:
         block = max(32, triton.next_power_of_2(N))
-        warps = max(1, min(16, block // 512))
-        return [Launch(mass_row_kernel, (rows, 1), args | {"BLOCK": block}, warps, 1)], keep
+        return [row_launch(mass_row_kernel, rows, args | {"BLOCK": block})], keep
     chunks = triton.cdiv(N, CHUNK)
     tops = torch.full((rows,), -1, dtype=torch.int32, device=weights.device)
     digits = torch.zeros((rows, 32 // BITS, 1 << BITS), dtype=torch.int64, device=weights.device)

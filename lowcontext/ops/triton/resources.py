@@ -43,6 +43,8 @@ class Resources:
         ptx: the PTX text.
         warps: warps per block.
         serialized: whether the assembler makes each wgmma wait for the one before.
+        in_flight: groups of copies to shared memory that the loops of matrix products leave in
+            flight where they wait, in the loop with the fewest; None without such a loop.
     """
 
     registers: int
@@ -51,6 +53,7 @@ class Resources:
     ptx: str
     warps: int
     serialized: bool
+    in_flight: int | None
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
@@ -73,6 +76,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         ptx=compiled.asm["ptx"],
         warps=launch.num_warps,
         serialized=_serialized(compiled.asm["ptx"], capability),
+        in_flight=copies_in_flight(compiled.asm["ptx"]),
     )
 
 
@@ -121,6 +125,25 @@ def _serialized(ptx: str, capability: int) -> bool:
         "ptxas", ptx.encode(), "-v", f"--gpu-name=sm_{capability}a", "--output-file=/dev/null"
     )
     return "serialized" in report
+
+
+def copies_in_flight(ptx: str) -> int | None:
+    """The least of cp.async.wait_group in innermost loops with matrix products; None without."""
+    lines = ptx.splitlines()
+    labels: dict[str, int] = {}
+    loops = []
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$L__BB\w+):", line):
+            labels[label[1]] = number
+        elif (jump := re.search(r"\bbra(?:\.uni)?\s+(\$L__BB\w+)", line)) and jump[1] in labels:
+            loops.append((labels[jump[1]], number))
+    waits = []
+    for first, last in loops:
+        body = "\n".join(lines[first:last])
+        inner = any(first < a and b < last for a, b in loops)
+        if not inner and re.search(r"wgmma.mma_async|mma.sync|tcgen05.mma", body):
+            waits += [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", body)]
+    return min(waits, default=None)
 
 
 def _run(tool: str, given: bytes, *options: str) -> str:

@@ -217,8 +217,7 @@ def plan_topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[list[Launc
     if N <= ROW:
         block = max(32, triton.next_power_of_2(N))
         args |= {"ids_ptr": ids, "counts_ptr": counts, "BLOCK": block}
-        warps = max(1, min(16, block // 512))
-        return [Launch(topk_row_kernel, (rows, 1), args, warps, 1)], ids, counts
+        return [row_launch(topk_row_kernel, rows, args)], ids, counts
     chunks = triton.cdiv(N, CHUNK)
     digits = torch.zeros((rows, DIGITS, 256), dtype=torch.int32, device=scores.device)
     parts = torch.empty((2, rows, chunks), dtype=torch.int32, device=scores.device)
@@ -232,3 +231,10 @@ def plan_topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[list[Launc
     args = args | {"ids_ptr": ids, "counts_ptr": counts}
     launches.append(Launch(topk_ids_kernel, grid, args, 8, 1))
     return launches, ids, counts
+
+
+def row_launch(kernel: Any, rows: int, args: dict[str, Any]) -> Launch:
+    """The launch of a kernel that holds a row of BLOCK entries in the registers of one program."""
+    warps = max(1, min(16, args["BLOCK"] // 512))
+    # All that 16 warps can have: left alone, the ptxas of triton 3.6 takes 64 and spills 8 bytes.
+    return Launch(kernel, (rows, 1), args, warps, 1, 128 if warps == 16 else None)
