@@ -287,8 +287,9 @@ class DecodeSteps(Case):
             queries = q[:, :, :1].expand_as(q) if name.endswith("hit") else q
             layer = LayerContext(**LAYER, scale=D**-0.5)
             found = self._checked(method, queries, k, v, layer)
-            if wrong(found["max_error"], found.pop("allowed")):
-                yield refused(name, wrong(found["max_error"], 0.0))
+            failed = wrong(found["max_error"], found.pop("allowed"))
+            if failed:
+                yield refused(name, failed)
                 continue
             known[name] = found
             calls[name] = partial(self._steps, method, queries, k, v, layer)

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import lowcontext
+from bench.dense import flex_call
 from bench.structured import structured
 from bench.timing import environment, interleave
 from lowcontext import BlockIndex, LayerContext, Method
@@ -45,14 +46,17 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder of the JSONL file.")] = Path("bench/results"),
 ) -> None:
     """Checks each method's output, times it, prints a line and appends a JSONL row."""
+    try:
+        chosen, sizes = [parse.method(m) for m in method], parse.lengths(lengths)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from None
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"prefill-methods-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
     if cpu_time:
         torch.set_num_threads(1)
     where = environment()
     with path.open("a") as file:
-        for N in parse.lengths(lengths):
-            chosen = [parse.method(m) for m in method]
+        for N in sizes:
             for row in run_length(N, dtype, chosen, rounds, flex, dense, cpu_time):
                 row["cpu_time"] = cpu_time
                 file.write(json.dumps({"suite": "prefill-methods", **row, **where}) + "\n")
@@ -76,7 +80,6 @@ def run_length(
     layer = LayerContext(scale=1.0)
     calls: dict[str, Any] = {}
     density: dict[str, float] = {}
-    G = q.shape[1] // k.shape[1]
     if dense:
         calls["sdpa"] = lambda: sdpa(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
         calls["ours-dense"] = lambda: lowcontext.attention(q, k, v, scale=1.0)
@@ -94,7 +97,7 @@ def run_length(
         if flex:
             index = aligned(parts, N)
             density[f"{name} flex"] = index.density(N, N)
-            calls[f"{name} flex"] = flex_call(q, k, v, index, G)
+            calls[f"{name} flex"] = flex_call(q, k, v, index, 1.0)
     if cpu_time:
         times = cpu_times(calls, rounds)
     else:
@@ -239,15 +242,6 @@ def aligned(parts: Parts, N: int, block: int = 128) -> BlockIndex:
     keep = torch.cat([keep.expand(-1, heads, -1, -1) for keep in keeps], dim=2)
     causal = torch.arange(blocks) <= torch.arange(blocks)[:, None]
     return BlockIndex.from_blocks(keep & causal, (block, block))
-
-
-def flex_call(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, G: int) -> Any:
-    """FlexAttention, compiled, on the block mask of an aligned index."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    mask = index.to_flex(q.shape[2], k.shape[2], q.shape[1])
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, scale=1.0, enable_gqa=G > 1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import lowcontext
 from bench.cases import SUITES, Case, as_cached
+from bench.dense import flex_call
 from bench.device import Device
 from bench.gpu_suite import Run, cases
 from bench.timing import Times, environment, interleave, matmul_rate, read_bandwidth
@@ -140,16 +141,8 @@ def _candidates(
         calls["ours-dense"] = lambda: lowcontext.attention(q, k, v)
     first = indices[0]
     if flex and case.Lq > 1 and first is not None:
-        calls["flex"] = _flex(q, k, v, first)
+        calls["flex"] = flex_call(q, k, v, first, case.D**-0.5)
     return calls
-
-
-def _flex(q: Tensor, k: Tensor, v: Tensor, index: BlockIndex) -> Call:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    mask = index.to_flex(q.shape[2], k.shape[2], q.shape[1])
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
 def check(case: Case, q: Tensor, k: Tensor, v: Tensor, index: BlockIndex | None) -> float:
