@@ -98,6 +98,7 @@ class Run:
         done = self._done()
         where = environment() | self.device.versions()
         where["commit"] = where["commit"] or self.commit
+        where["suite"] = "gpu dry run" if self.device.tiny else "gpu"
         outcomes = Outcomes.read(self.tests)
         monitor = None if self.device.tiny else Monitor()
         with self.path.open("a") as file:
@@ -139,7 +140,8 @@ class Run:
             sizes = f"{case.bytes / 2**30:.0f} GiB, {free / 2**30:.0f} are free"
             write({**label, "skipped": f"needs about {sizes}"})
             return
-        label |= {"shape": {"L": case.L, "Hq": case.Hq, "Hkv": case.Hkv, "B": case.B}}
+        run = case.shrunk() if self.device.tiny else case
+        label |= {"shape": {"L": run.L, "Hq": run.Hq, "Hkv": run.Hkv, "B": run.B}}
         label["dtype"] = "bfloat16"
         limit = min(case.seconds, left)
 
@@ -149,7 +151,7 @@ class Run:
         watch.start()
         start = time.time()
         try:
-            self._rows(case.shrunk() if self.device.tiny else case, label, write)
+            self._rows(run, label, write)
         except Exception as error:
             # Whatever a case raises, the others shall run; a dry run is there to raise.
             if self.device.tiny:
@@ -199,7 +201,6 @@ class _Writer:
         needs = row.pop("needs", ())
         if needs:
             row["tests"] = self.outcomes.state(needs)
-        row = {"suite": "gpu", **row}
         self.file.write(json.dumps({**row, **self.where}) + "\n")
         self.file.flush()
         self.console.print(line(row), soft_wrap=True, highlight=False, markup=False)
