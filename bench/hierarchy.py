@@ -85,6 +85,8 @@ def growth(
     write(out, "growth", rows)
     for name in [only] if only else METHODS:
         laws([row for row in rows if row["method"] == name])
+    # Up to 64K the default beam holds every tile: nothing is pruned, all are scored.
+    laws([row for row in rows if row["method"] == "hip" and row["length"] >= 2**16])
 
 
 # Chunks of a prompt that are searched, at most.
@@ -123,6 +125,9 @@ def laws(rows: list[dict[str, Any]]) -> None:
     log, product = [math.log2(t) for t in T], [t * math.log2(t) for t in T]
     block, keys = [row["search_block_ms"] for row in rows], [row["scored_keys"] for row in rows]
     prompt = [row["search_ms"] for row in rows]
+    if len(rows) < 3:
+        return
+    print(f"{rows[0]['method']}, {min(T)} to {max(T)} tokens:")
     for what, y, laws in (
         ("time of a prompt", prompt, (("T log2 T", product), ("T^2", [t * t for t in T]))),
         ("time of the last block", block, (("log2 T", log), ("T", T), ("its scored keys", keys))),
@@ -131,7 +136,7 @@ def laws(rows: list[dict[str, Any]]) -> None:
         for law, x in laws:
             line, r2 = fit(x, y)
             ratios = " ".join(f"{a / b:.2f}" for a, b in zip(line, y, strict=True))
-            print(f"{rows[0]['method']}: {what} = a + b {law}: R2 {r2:.3f}; {ratios}")
+            print(f"  {what} = a + b {law}: R2 {r2:.3f}; {ratios}")
 
 
 def fit(x: list[float], y: list[float]) -> tuple[list[float], float]:
