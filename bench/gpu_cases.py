@@ -82,9 +82,9 @@ def timed(candidate: str, t: Times, needs: tuple[str, ...] = (), **more: Any) ->
     return {"candidate": candidate, "needs": needs, **times, **more}
 
 
-def refused(candidate: str, reason: str) -> Row:
-    """The row of a candidate that has no figures."""
-    return {"candidate": candidate, "skipped": reason}
+def refused(candidate: str, reason: str, red: bool = False) -> Row:
+    """The row of a candidate that has no figures; `red` where that is an error of ours."""
+    return {"candidate": candidate, "skipped": reason} | ({"red": True} if red else {})
 
 
 def wrong(error: float, allowed: float) -> str:
@@ -161,7 +161,7 @@ class Prefill(Case):
                 calls[name] = partial(lowcontext.sparse_attention, q, k, v, index)
             found = sampled_error(q, k, v, calls[name](), (0, self.L, index), scale)
             if wrong(*found):
-                yield refused(name, wrong(*found))
+                yield refused(name, wrong(*found), red=True)
                 del calls[name]
                 continue
             errors[name] = found[0]
@@ -218,7 +218,7 @@ class DecodeLists(Case):
                 out = lowcontext.sparse_attention(q, k, v, indices[0])
                 found = sampled_error(q, k, v, out, (0, 1, indices[0]), D**-0.5)
                 if wrong(*found):
-                    yield refused(name, wrong(*found))
+                    yield refused(name, wrong(*found), red=True)
                     continue
                 calls[name] = device.captured(partial(_each, q, k, v, indices))
                 moved[name] = 2.0 * self.B * self.Hkv * tokens * D * DTYPE.itemsize

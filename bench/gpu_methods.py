@@ -110,7 +110,7 @@ class Prompt(Case):
             look = Check(q, k, v)
             prompt(method, q, k, v, look=look)
             if look.wrong:
-                yield refused(name, look.wrong)
+                yield refused(name, look.wrong, red=True)
                 continue
             known[name] = {"density": look.density, "max_error": look.error}
             run = partial(prompt, method, q, k, v)
@@ -289,7 +289,7 @@ class DecodeSteps(Case):
             found = self._checked(method, queries, k, v, layer)
             failed = wrong(found["max_error"], found.pop("allowed"))
             if failed:
-                yield refused(name, failed)
+                yield refused(name, failed, red=True)
                 continue
             known[name] = found
             calls[name] = partial(self._steps, method, queries, k, v, layer)
@@ -301,7 +301,9 @@ class DecodeSteps(Case):
             except RuntimeError as error:
                 reason = str(error).splitlines()[0][:200]
                 alone = eager[name].divided(self.STEPS).p50
-                yield refused(name, f"not capturable: {reason}") | {"eager_ms": alone}
+                yield refused(name, f"not capturable: {reason}", name in chosen) | {
+                    "eager_ms": alone
+                }
                 if device.broken():
                     raise
         times = device.times(graphs, seconds=self.timing / 2, rounds=10)

@@ -87,8 +87,10 @@ class Run:
     tests: Path | None = None
     commit: str | None = None
 
-    def all(self, chosen: list[Case], restart: Callable[[], None] | None = None) -> None:
+    def all(self, chosen: list[Case], restart: Callable[[], None] | None = None) -> bool:
         """Runs the cases that have no row in the file yet, or one for which no time was left.
+
+        False if a case of the file failed, was not done in time or gave a wrong output.
 
         Args:
             chosen: the cases.
@@ -110,6 +112,7 @@ class Run:
                     self._one(case, write, monitor)
         if monitor is not None:
             monitor.stop()
+        return not any(row.get("red") for row in self._rows_so_far())
 
     def again(self) -> None:
         """Replaces this process by one that goes on behind the rows in the file."""
@@ -123,11 +126,12 @@ class Run:
         sys.stdout.flush()
         os.execv(sys.executable, command)
 
+    def _rows_so_far(self) -> list[Row]:
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [json.loads(line) for line in lines]
+
     def _done(self) -> set[str]:
-        if not self.path.exists():
-            return set()
-        rows = map(json.loads, self.path.read_text().splitlines())
-        return {row["case"] for row in rows if not row.get("open")}
+        return {row["case"] for row in self._rows_so_far() if not row.get("open")}
 
     def _one(self, case: Case, write: _Writer, monitor: Monitor | None) -> None:
         label: Row = {"section": case.section, "case": case.name}
@@ -145,7 +149,7 @@ class Run:
         label["dtype"] = "bfloat16"
         limit = min(case.seconds, left)
 
-        late = {**label, "skipped": f"not done after {limit:.0f} s"}
+        late = {**label, "skipped": f"not done after {limit:.0f} s", "red": True}
         watch = threading.Timer(limit, write.last, [late])
         watch.daemon = True
         watch.start()
@@ -158,7 +162,7 @@ class Run:
                 raise
             traceback.print_exc()
             reason = (str(error) or type(error).__name__).splitlines()[0][:300]
-            write({**label, "skipped": f"{type(error).__name__}: {reason}"})
+            write({**label, "skipped": f"{type(error).__name__}: {reason}", "red": True})
             # The frames of the traceback hold the tensors of the case.
             error.__traceback__ = None
         finally:

@@ -61,14 +61,16 @@ def main(
     if "gpu" in suite and not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("--suite gpu: expected a CUDA device, got none; try --dry-run")
     out.mkdir(parents=True, exist_ok=True)
+    green = True
     for name in suite:
         path = resume or out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
         if name == "gpu":
             device = Device("cpu" if dry_run else "cuda")
-            Run(device, path, time.time() + limit, only, tests, commit).all(list(cases()))
+            green = Run(device, path, time.time() + limit, only, tests, commit).all(list(cases()))
         else:
             cpu_suite(name, path, only, rounds, seconds, flex)
         console.print(f"wrote {path}")
+    raise typer.Exit(not green)
 
 
 def cpu_suite(name: str, path: Path, only: str, rounds: int, seconds: float, flex: bool) -> None:

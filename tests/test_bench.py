@@ -52,7 +52,7 @@ def test_a_case_of_the_gpu_suite_measures_every_candidate(
     # FlexAttention without its compiler, which takes longer than all other cases together.
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     path = tmp_path / "rows.jsonl"
-    Run(Device("cpu"), path, time.time() + 300).all([case])
+    assert Run(Device("cpu"), path, time.time() + 300).all([case])
     *rows, end = rows_in(path)
     assert end["seconds"] > 0
     assert rows
@@ -122,7 +122,7 @@ def test_a_case_that_fails_or_does_not_fit_leaves_a_row_and_the_others_run(
         Scripted(256, label="good"),
         Scripted(256, label="late", seconds=1000.0),
     ]
-    plan.all(cases)
+    assert not plan.all(cases)
     rows = {name: [r for r in rows_in(path) if r["case"] == name] for name in ("device", "bad")}
     assert len(rows["device"]) == 1
     assert [r.get("candidate") for r in rows["bad"]] == ["first", None, None]
@@ -144,7 +144,7 @@ def test_a_case_that_does_not_return_is_left_behind(
     monkeypatch.setattr(gpu_suite, "Monitor", lambda: Monitor("no-such-program"))
     path, restarted = tmp_path / "rows.jsonl", threading.Event()
     stuck = Scripted(256, label="stuck", seconds=0.2, does=lambda: restarted.wait(30) and None)
-    Run(Small("cpu"), path, time.time() + 60).all([stuck], restarted.set)
+    assert not Run(Small("cpu"), path, time.time() + 60).all([stuck], restarted.set)
     assert rows_in(path)[2]["skipped"] == "not done after 0 s"
 
 
