@@ -76,7 +76,7 @@ Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double s
   LC_CHECK(v.size(0) == p.batch && v.size(1) == p.kv_heads && v.size(2) == p.kv_len &&
                v.size(3) == p.head_dim,
            "v", concat("shape ", shape_text(k)), shape_text(v));
-  LC_CHECK(p.kv_heads > 0 && p.q_heads % p.kv_heads == 0, "q",
+  LC_CHECK(p.kv_heads > 0 && p.q_heads > 0 && p.q_heads % p.kv_heads == 0, "q",
            concat("a multiple of ", p.kv_heads, " heads"), p.q_heads);
   LC_CHECK(p.q_len <= p.kv_len, "k", concat("at least Lq = ", p.q_len, " keys"), p.kv_len);
   LC_CHECK(p.kv_len <= std::numeric_limits<int32_t>::max(), "k", "fewer than 2^31 keys", p.kv_len);

@@ -95,7 +95,7 @@ void for_queries(const Tensor& q, const Queries& sizes, const Take& take) {
 Queries query_sizes(const Tensor& q, int64_t kv_heads) {
   expect(q, "q", 4);
   LC_CHECK(q.scalar_type() == ScalarType::Float, "q", "dtype float32", "another");
-  LC_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q",
+  LC_CHECK(kv_heads > 0 && q.size(1) > 0 && q.size(1) % kv_heads == 0, "q",
            concat("a multiple of ", kv_heads, " heads"), q.size(1));
   Queries out;
   out.batch = q.size(0);

@@ -33,7 +33,8 @@ Tensor soft_vote(const Tensor& scores, const Tensor& lse, int64_t heads) {
   LC_CHECK(lse.dim() == 3 && lse.is_contiguous() && lse.scalar_type() == ScalarType::Float &&
                lse.size(0) == B && lse.size(1) == Hq && lse.size(2) == R,
            "lse", concat("contiguous float32 [", B, ", ", Hq, ", ", R, "]"), shape_text(lse));
-  LC_CHECK(heads > 0 && Hq % heads == 0, "heads", concat("a divisor of ", Hq), heads);
+  LC_CHECK(heads > 0 && heads <= Hq && Hq % heads == 0, "heads", concat("a divisor of ", Hq),
+           heads);
   Tensor out = torch::stable::new_empty(scores, {B, heads, R, N});
   const float* data = static_cast<const float*>(scores.const_data_ptr());
   const float* sums = static_cast<const float*>(lse.const_data_ptr());

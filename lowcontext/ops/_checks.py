@@ -10,6 +10,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INT_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -26,8 +27,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"k: expected shape {[B, 'Hkv', 'Lk', D]}, got {list(k.shape)}")
     if v.shape[:3] != k.shape[:3]:
         raise ValueError(f"v: expected shape {[B, Hkv, Lk, 'Dv']}, got {list(v.shape)}")
-    if Hkv == 0 or Hq % Hkv:
-        raise ValueError(f"q: expected a multiple of {Hkv} heads, got {Hq}")
+    check_groups(Hq, Hkv)
     if Lq > Lk:
         raise ValueError(f"q: expected at most Lk={Lk} queries, got Lq={Lq}")
 
@@ -44,6 +44,18 @@ def check_floats(name: str, x: Tensor) -> None:
         raise ValueError(f"{name}: expected a head_dim of at least 1, got {list(x.shape)}")
     if x.shape[3] > 1 and x.stride(3) != 1:
         raise ValueError(f"{name}: expected a contiguous last dim, got stride {x.stride(3)}")
+
+
+def check_groups(Hq: int, Hkv: int) -> None:
+    """Raises unless every KV head serves the same number of query heads, at least one."""
+    if Hkv == 0 or Hq == 0 or Hq % Hkv:
+        raise ValueError(f"q: expected a multiple of {Hkv} heads, at least one, got {Hq}")
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raises unless x [B, H, L, D] has a row: of no rows there is no mean and no block to list."""
+    if 0 in x.shape[1:3]:
+        raise ValueError(f"{name}: expected at least one row, got {list(x.shape)}")
 
 
 def check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:
@@ -71,16 +83,24 @@ def check_index(q: Tensor, k: Tensor, index: BlockIndex) -> None:
 
 
 def check_kv_start(q: Tensor, kv_start: Tensor | None) -> Tensor | None:
-    """Returns `kv_start` as contiguous int32 [B], or None."""
+    """Returns `kv_start` as contiguous int32 [B], or None; values are cut to int32, not wrapped."""
     if kv_start is None:
         return None
-    if not isinstance(kv_start, Tensor) or kv_start.is_floating_point():
-        raise TypeError("kv_start: expected an int tensor [B]")
+    if not isinstance(kv_start, Tensor) or kv_start.dtype not in INT_DTYPES:
+        got = kv_start.dtype if isinstance(kv_start, Tensor) else type(kv_start).__name__
+        raise TypeError(f"kv_start: expected an int tensor [B], got {got}")
     if kv_start.shape != (q.shape[0],):
         raise ValueError(f"kv_start: expected shape [{q.shape[0]}], got {list(kv_start.shape)}")
     if kv_start.device != q.device:
         raise ValueError(f"kv_start: expected device {q.device} of q, got {kv_start.device}")
-    return kv_start.to(torch.int32).contiguous()
+    return to_int32(kv_start).contiguous()
+
+
+def to_int32(x: Tensor) -> Tensor:
+    """An int tensor as int32; what does not fit becomes the nearest int32."""
+    if x.dtype == torch.int64:
+        x = x.clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
+    return x.to(torch.int32)
 
 
 def check_scale(scale: float | None, D: int) -> float:

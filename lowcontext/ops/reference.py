@@ -41,9 +41,9 @@ def sparse_attention(
     Lk = k.shape[2]
     offset, block_q = Lk - Lq, index.block_q
     first, Nq = BlockIndex.query_blocks(Lq, Lk, block_q)
-    step = max(1, _CHUNK_ELEMENTS // (B * Hq * Lk * block_q))
+    step = max(1, _CHUNK_ELEMENTS // max(1, B * Hq * Lk * block_q))
     outs, lses = [], []
-    for n in range(0, Nq, step):
+    for n in range(0, max(1, Nq), step):  # once also without rows
         rows = range(max((first + n) * block_q, offset), min((first + n + step) * block_q, Lk))
         positions = torch.arange(rows.start, rows.stop, device=q.device)
         mask = index.key_mask(Lk, slice(n, n + step))[:, :, positions // block_q - first - n]
@@ -69,9 +69,9 @@ def attention(
     """See `lowcontext.attention`; returns (out, lse)."""
     B, Hq, Lq, _ = q.shape
     Lk = k.shape[2]
-    step = max(1, _CHUNK_ELEMENTS // (B * Hq * Lk))
+    step = max(1, _CHUNK_ELEMENTS // max(1, B * Hq * Lk))
     outs, lses = [], []
-    for r in range(0, Lq, step):
+    for r in range(0, max(1, Lq), step):
         positions = torch.arange(Lk - Lq + r, Lk - Lq + min(r + step, Lq), device=q.device)
         mask = _visible(positions, Lk, window, kv_start)
         out, lse = _attend(q[:, :, r : r + step], k, v, mask, scale, softcap)

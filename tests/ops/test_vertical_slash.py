@@ -249,5 +249,5 @@ def test_wrong_arguments_are_named() -> None:
         line_index(mask, mask, 10, 100, dense_from=torch.zeros(1, 2))
     with pytest.raises(ValueError, match="window: expected 1 to 256, got 0"):
         last_window_scores(q, k, window=0)
-    with pytest.raises(ValueError, match="q: expected at least one query"):
+    with pytest.raises(ValueError, match="q: expected at least one row"):
         last_window_scores(q[:, :, :0], k)

@@ -212,6 +212,14 @@ def test_the_fake_ops_agree_with_the_real_ones() -> None:
         torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
+def test_limits_beyond_int32_are_no_limits(backend: str) -> None:
+    scores = rand(2, 50)
+    limits = torch.tensor([2**32, -(2**32)])
+    ids, counts = votes.topk(scores, 7, limits=limits, backend=backend)
+    assert counts.tolist() == [7, 0]
+    assert torch.equal(ids[0], votes.topk(scores, 7, backend=backend)[0][0])
+
+
 def test_arguments_are_checked_by_name() -> None:
     q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 64, 16)
     for name, error, call in [

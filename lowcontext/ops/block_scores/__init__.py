@@ -36,6 +36,7 @@ def block_means(x: Tensor, block: int, *, offset: int = 0, backend: str = "auto"
         [0.0, 2.5, 5.0]
     """
     _checks.check_floats("x", x)
+    _checks.check_rows("x", x)
     _expect_int("block", block, 1)
     _expect_int("offset", offset, 0)
     return _means(x, block, offset, backend)
@@ -77,6 +78,7 @@ def pooled_scores(
         torch.Size([1, 4, 2, 5])
     """
     _checks.check_qkv(q, k, k)
+    _checks.check_rows("q", q)
     _expect_int("block", block, 1)
     queries = _means(q, block, k.shape[2] - q.shape[2], backend)
     keys = _means(k, block, 0, backend)
@@ -126,6 +128,7 @@ def antidiagonal_scores(
         [8.0, 8.0, 8.0, 8.0]
     """
     _checks.check_qkv(q, k, k)
+    _checks.check_rows("q", q)
     _expect_int("stride", stride, 1)
     _expect_int("block", block, 1)
     if block % stride:

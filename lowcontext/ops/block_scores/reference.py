@@ -45,7 +45,7 @@ def antidiagonal_scores(q: Tensor, k: Tensor, *, stride: int, block: int, scale:
     queries = rearrange(queries.flip(4), "b (h g) n c s d -> b h g n c (s d)", h=Hkv)
     key_cell = torch.arange(keys.shape[2], device=q.device)
     scores = q.new_zeros(B, Hq, Nq, Nk, dtype=torch.float32)
-    step = max(1, _CHUNK_ELEMENTS // (B * Hq * keys.shape[2] * cells))
+    step = max(1, _CHUNK_ELEMENTS // max(1, B * Hq * keys.shape[2] * cells))
     for n in range(0, Nq, step):
         stop = min(n + step, Nq)
         visible = min(Nk, first + stop)  # key blocks before the end of the chunk

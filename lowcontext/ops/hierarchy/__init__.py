@@ -179,8 +179,7 @@ def _check(
     _checks.check_qkv(q, k, k)
     if not isinstance(options, kind):
         raise TypeError(f"options: expected {kind.__name__}, got {type(options).__name__}")
-    if q.shape[2] == 0:
-        raise ValueError("q: expected at least one query, got Lq=0")
+    _checks.check_rows("q", q)
     for name, value in tokens.items():
         if isinstance(value, bool) or not isinstance(value, int):
             raise TypeError(f"{name}: expected an int, got {value!r}")

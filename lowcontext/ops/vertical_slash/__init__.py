@@ -67,8 +67,7 @@ def last_window_scores(
         raise TypeError(f"window: expected an int, got {window!r}")
     if not 0 < window <= MAX_WINDOW:
         raise ValueError(f"window: expected 1 to {MAX_WINDOW}, got {window}")
-    if q.shape[2] == 0:
-        raise ValueError("q: expected at least one query, got Lq=0")
+    _checks.check_rows("q", q)
     last = q[:, :, max(0, q.shape[2] - window) :]
     run = _dispatch.implementation(BACKENDS, "last_window_scores", backend, q)
     return run(

@@ -80,7 +80,7 @@ def line_index(
     num_columns = torch.zeros(B, H, Nq, dtype=torch.int32, device=device)
     listed = torch.zeros(B, H, Nq, columns, dtype=torch.int32, device=device)
     index = BlockIndex(counts.to(torch.int32), starts, (block, block))
-    step = max(1, _CHUNK_ELEMENTS // (B * H * Lk))
+    step = max(1, _CHUNK_ELEMENTS // max(1, B * H * Lk))
     for n in range(0, Nq, step):
         rows = slice(n, n + step)
         outside = vertical[:, :, None] & ~index.key_mask(Lk, rows)

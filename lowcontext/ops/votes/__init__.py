@@ -10,10 +10,12 @@ synchronisation, no shape that depends on data. All arithmetic is fp32.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from lowcontext.ops import _dispatch
+from lowcontext.ops import _checks, _dispatch
 from lowcontext.ops.votes import native, reference, triton
 
 __all__ = [
@@ -140,7 +142,7 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
     _check_float32("lse", lse, 3)
     if lse.shape != scores.shape[:3]:
         raise ValueError(f"lse: expected shape {list(scores.shape[:3])}, got {list(lse.shape)}")
-    if heads < 1 or scores.shape[1] % heads:
+    if not 1 <= heads <= scores.shape[1] or scores.shape[1] % heads:
         raise ValueError(f"heads: expected a divisor of {scores.shape[1]}, got {heads}")
     return _dispatch.implementation(BACKENDS, "soft_vote", backend, scores)(scores, lse, heads)
 
@@ -176,10 +178,10 @@ def topk(
         raise ValueError(f"k: expected at least 0, got {k}")
     rows = scores.shape[:-1]
     if limits is not None:
-        if limits.is_floating_point():
+        if limits.dtype not in _checks.INT_DTYPES:
             raise TypeError(f"limits: expected an int tensor, got {limits.dtype}")
-        limits = limits.to(torch.int32).expand(rows).reshape(-1)
-    flat = scores.reshape(-1, scores.shape[-1])
+        limits = _checks.to_int32(limits).expand(rows).reshape(-1)
+    flat = scores.reshape(math.prod(rows), scores.shape[-1])
     ids, counts = _dispatch.implementation(BACKENDS, "topk", backend, scores)(flat, k, limits)
     return ids.view(*rows, ids.shape[-1]), counts.view(rows)
 
@@ -333,7 +335,6 @@ def _check_heads(q: Tensor, name: str, k: Tensor, width: int) -> None:
         raise ValueError(
             f"{name}: expected shape {[q.shape[0], 'Hkv', 'N', width]}, got {list(k.shape)}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"q: expected a multiple of {k.shape[1]} heads, got {q.shape[1]}")
+    _checks.check_groups(q.shape[1], k.shape[1])
     if k.device != q.device:
         raise ValueError(f"{name}: expected device {q.device} of q, got {k.device}")

@@ -37,12 +37,12 @@ def token_scores(
     scores = grouped @ k.float().transpose(2, 3)
     if scales is not None:
         scores = scores * scales[:, :, None]
-    scores = rearrange(scores, "b h (g r) n -> b (h g) r n", r=R)
+    N = k.shape[2]
+    scores = scores.reshape(*q.shape[:3], N)
     if causal and R > 1:
-        N = k.shape[2]
         last = torch.arange(N - R, N, device=k.device)[:, None]
         scores = scores.masked_fill(torch.arange(N, device=k.device) > last, -torch.inf)
-    return scores.contiguous(), scores.logsumexp(dim=-1)
+    return scores, scores.logsumexp(dim=-1)
 
 
 def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
@@ -114,7 +114,7 @@ def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
     signed = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1)
     grouped = rearrange(signed, "b (h g) r d -> b h (g r) d", h=bounds.shape[1])
     scores = grouped @ bounds.float().transpose(2, 3)
-    return rearrange(scores, "b h (g r) p -> b (h g) r p", r=q.shape[2])
+    return scores.reshape(*q.shape[:3], bounds.shape[2])
 
 
 def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:

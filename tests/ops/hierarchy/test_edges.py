@@ -233,7 +233,7 @@ def test_bad_arguments_are_named() -> None:
         hip_tree(q, k, TREE, ahead=-1)
     with pytest.raises(ValueError, match="q: expected at most Lk=3 queries, got Lq=4"):
         hip_tree(q, k[:, :, :3], TREE)
-    with pytest.raises(ValueError, match="q: expected at least one query"):
+    with pytest.raises(ValueError, match="q: expected at least one row"):
         hip_tree(q[:, :, :0], k, TREE)
     with pytest.raises(ValueError, match="behind: expected 0 without kept, got 3"):
         hip_stages(q, k, STAGES, behind=3)
