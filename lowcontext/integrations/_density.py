@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lowcontext.index import BlockIndex
-from lowcontext.integrations._families import ATTRIBUTE, LayerSettings, patched_modules
+from lowcontext.integrations._families import reporting
 
 
 class Density:
@@ -87,17 +87,6 @@ def measure_density(model: nn.Module) -> Iterator[Density]:
         >>> density.decode
         0.125
     """
-    settings: list[LayerSettings] = [
-        module.__dict__[ATTRIBUTE] for module in patched_modules(model)
-    ]
-    if not settings:
-        raise ValueError("model: expected a model patched by patch_model, got an unpatched one")
     density = Density()
-    before = [setting.density for setting in settings]
-    for setting in settings:
-        setting.density = density
-    try:
+    with reporting(model, "density", density):
         yield density
-    finally:
-        for setting, previous in zip(settings, before, strict=True):
-            setting.density = previous

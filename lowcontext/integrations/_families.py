@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,26 @@ def patched_modules(model: nn.Module) -> list[nn.Module]:
 
 
 def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
+@contextmanager
+def reporting(model: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Gives every settings of a patched model `value` as its field `name`, for a `with` block.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    settings = [module.__dict__[ATTRIBUTE] for module in patched_modules(model)]
+    if not settings:
+        raise ValueError("model: expected a model patched by patch_model, got an unpatched one")
+    before = [getattr(setting, name) for setting in settings]
+    for setting in settings:
+        setattr(setting, name, value)
+    try:
+        yield
+    finally:
+        for setting, previous in zip(settings, before, strict=True):
+            setattr(setting, name, previous)
+
+
     """The causal self-attention modules of a text tower, in order.
 
     Raises:

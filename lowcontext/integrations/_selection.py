@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from lowcontext.integrations._families import ATTRIBUTE, LayerSettings, patched_modules
+from lowcontext.integrations._families import reporting
 
 
 class Selection:
@@ -68,17 +68,6 @@ def measure_selection(model: nn.Module) -> Iterator[Selection]:
         >>> selection.count("cache_hits")
         3
     """
-    settings: list[LayerSettings] = [
-        module.__dict__[ATTRIBUTE] for module in patched_modules(model)
-    ]
-    if not settings:
-        raise ValueError("model: expected a model patched by patch_model, got an unpatched one")
     selection = Selection()
-    before = [setting.observe for setting in settings]
-    for setting in settings:
-        setting.observe = selection.add
-    try:
+    with reporting(model, "observe", selection.add):
         yield selection
-    finally:
-        for setting, previous in zip(settings, before, strict=True):
-            setting.observe = previous
