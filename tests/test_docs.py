@@ -23,6 +23,7 @@ def test_the_method_of_add_a_method_passes_the_contract(tmp_path: Path) -> None:
         ROOT / "lowcontext", tmp_path / "lowcontext", ignore=shutil.ignore_patterns("__pycache__")
     )
     shutil.copytree(ROOT / "tests" / "methods", tmp_path / "tests" / "methods")
+    shutil.copy(ROOT / "tests" / "budgets.py", tmp_path / "tests" / "methods")
     (tmp_path / "lowcontext" / "methods" / f"{name}.py").write_text(code)
     (tmp_path / "tests" / "methods" / f"test_{name}.py").write_text("")
     (tmp_path / "pytest.ini").write_text("[pytest]\n")

@@ -141,7 +141,10 @@ def make_settings(
     """The settings of each attention module of `model`."""
     windows = layer_windows(model.config)
     settings = [_settings_of(module, model, method, windows, reduce) for module in modules]
-    if all(s.window for s in settings) and not isinstance(method, method_class("dense")):
+    full = [s.layer_idx for s in settings if not s.window]
+    if any(layer >= method.dense_layers for layer in full):
+        method.check_layers(full)
+    elif not isinstance(method, method_class("dense")):
         warnings.warn(
             f"every layer of {type(model).__name__} has a sliding window and stays dense: "
             f"{method} changes nothing",

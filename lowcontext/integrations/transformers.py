@@ -68,7 +68,8 @@ def patch_model(
 
     Raises:
         TypeError: not a transformers model, or options that fit no method.
-        ValueError: the model is patched already, or shares its config with a patched one.
+        ValueError: the model is patched already, or shares its config with a patched one; or a
+            hyper-parameter names layers that the model does not have.
         NotImplementedError: the model has something the ops cannot honour; nothing was changed.
         RuntimeError: verification failed; the model is left unpatched.
 
@@ -145,7 +146,7 @@ def patched(
         >>> config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, **sizes)
         >>> model = LlamaForCausalLM(config).eval()
         >>> ids = torch.ones(1, 4, dtype=torch.long)
-        >>> with lowcontext.patched(model, "quest", budget=1024):
+        >>> with lowcontext.patched(model, "quest", budget=1024, dense_layers=0):
         ...     out = model.generate(ids, max_new_tokens=2)
     """
     patch_model(model, method, **arguments)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -25,6 +25,11 @@ class Phases(Method):
     def moves_keys(self) -> bool:
         """Whether one of the two methods moves keys."""
         return self.prefill_method.moves_keys or self.decode_method.moves_keys
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Asks both methods."""
+        self.prefill_method.check_layers(layers)
+        self.decode_method.check_layers(layers)
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of the prefill method."""

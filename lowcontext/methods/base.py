@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -148,6 +148,16 @@ class Method(ABC):
     def moves_keys(self) -> bool:
         """Whether `parts` may give `Moved` lists, so that `LayerContext.rotary` is needed."""
         return False
+
+    def check_layers(self, layers: Sequence[int]) -> None:  # noqa: B027 most have nothing to check
+        """Raises unless the method can work in a model; called when it is patched.
+
+        Args:
+            layers: indices of its layers with full attention, ascending.
+
+        Raises:
+            ValueError: a hyper-parameter names layers that the method will not see.
+        """
 
     @abstractmethod
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,8 @@ class TidalDecode(Method):
         k: tokens that a query reads, besides the newest.
         local: recent keys that are always read, the query itself included.
         select_layers: layers that attend densely and select. The second is the one to tune for a
-            model: 13 of 32 in the paper's Llama runs.
+            model: 13 of 32 in the paper's Llama runs. Those behind the last layer of a model do
+            nothing; a model where none can select for a layer after it is refused.
         scope: "query_head" selects for each query head (as published); "kv_head" takes the largest
             logit over the query heads of a KV head, so that they share one list and one read.
     """
@@ -56,6 +58,18 @@ class TidalDecode(Method):
             )
         # A list from a configuration file; the fields of a method are hashable.
         object.__setattr__(self, "select_layers", tuple(layers))
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Raises unless the selecting layers see their decode steps and a layer follows one."""
+        seen = [n for n in layers if n >= self.dense_layers]
+        last = max(seen, default=-1)
+        lost = [n for n in self.select_layers if n < last and n not in seen]
+        if lost or min(self.select_layers) >= last:
+            raise ValueError(
+                "tidaldecode: select_layers: expected layers with full attention, none of the "
+                f"first dense_layers={self.dense_layers}, one of them before the last, {last}; got "
+                f"{list(self.select_layers)}"
+            )
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """None: a prompt is read densely."""

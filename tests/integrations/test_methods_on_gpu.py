@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_every_method import COVERING, METHODS, SMALL, options
+from budgets import COVERING, options
+from test_every_method import METHODS, SMALL
 from tiny_models import greedy, logits, prompt, tiny
 
 import lowcontext

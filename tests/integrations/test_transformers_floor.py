@@ -32,7 +32,7 @@ SPARSE: dict[str, dict[str, Any]] = {
 COVERING: dict[str, dict[str, Any]] = {
     "streaming_llm": {"window": 4096},
     "block_topk": {"budget": 4096},
-    "quest": {"budget": 4096},
+    "quest": {"budget": 4096, "dense_layers": 0},
 }
 
 

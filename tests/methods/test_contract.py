@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from budgets import COVERING, options
 from torch import Tensor
 
 import lowcontext
@@ -31,25 +31,10 @@ SMALL = {
     "chunk": 128,
     "tail": 0,
 }
-# Values at which every method reads everything; a new method adds its own budget here.
-COVERING = {
-    "budget": 10**6,
-    "window": 10**6,
-    "stride": 1,
-    "dense_layers": 0,
-    "min_length": 0,
-    "gain": 0.0,
-    "min_budget": 10**6,
-    "threshold": 1.0,
-    "vertical": 10**6,
-    "slash": 10**6,
-    "k": 10**6,
-}
 
 
 def make(name: str, values: dict = SMALL) -> Method:
-    known = {f.name for f in fields(method_class(name))}
-    return lowcontext.get_method(name, **{k: v for k, v in values.items() if k in known})
+    return lowcontext.get_method(name, **options(name, values))
 
 
 def qkv(Lq: int, Lk: int, G: int = 4, B: int = 1, D: int = 16, seed: int = 0) -> list[Tensor]:

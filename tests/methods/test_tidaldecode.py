@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from torch import Tensor
@@ -71,6 +73,27 @@ def test_prefill_and_short_contexts_are_dense() -> None:
     for i in range(3):
         layer = LayerContext(i, 5, shared=shared)
         assert method.decode(q[:, :, :1], k[:, :, :31], layer) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "layers"),
+    [
+        ({"select_layers": [2, 13]}, range(2)),
+        ({"select_layers": [3]}, range(4)),
+        ({"select_layers": [1, 3]}, [0, 2, 4]),  # windows in the layers between
+        ({"select_layers": [1, 3], "dense_layers": 2}, range(8)),
+    ],
+)
+def test_a_model_in_which_a_selecting_layer_cannot_select_is_refused(
+    options: dict[str, object], layers: Sequence[int]
+) -> None:
+    with pytest.raises(ValueError, match="tidaldecode: select_layers: expected layers with full"):
+        make(**options).check_layers(layers)
+
+
+def test_selecting_layers_behind_the_model_are_allowed() -> None:
+    make(select_layers=[2, 13]).check_layers(range(4))
+    make(select_layers=[2], dense_layers=2).check_layers([2, 5])
 
 
 def test_hyper_parameters_are_checked() -> None:
