@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -112,6 +113,15 @@ def test_common_headers_are_free_of_torch() -> None:
     for path in (ROOT / "csrc" / "common").rglob("*"):
         assert "torch/" not in path.read_text(), path
         assert "ATen" not in path.read_text(), path
+
+
+def test_every_native_op_that_returns_tensors_has_a_fake() -> None:
+    schemas = (ROOT / "csrc" / "registration.cpp").read_text().replace('"\n      "', "")
+    ops = re.findall(r'"(\w+)\([^"]*-> \(?Tensor', schemas)
+    assert {"attention", "topk", "hip_stage"} <= set(ops)
+    native = "".join(path.read_text() for path in (PACKAGE / "ops").rglob("native.py"))
+    for op in ops:
+        assert f'"{op}": ' in native or f'"lowcontext::{op}"' in native, op
 
 
 def test_import_needs_neither_transformers_nor_triton_nor_a_gpu() -> None:
