@@ -17,7 +17,7 @@ from lowcontext.integrations._dense import (
 )
 from lowcontext.integrations._families import ATTRIBUTE, LayerSettings
 from lowcontext.integrations._masks import Padding
-from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer
+from lowcontext.integrations.cache import Row, SharedMemory, SparseCacheLayer, in_autocast
 from lowcontext.methods import LayerContext
 from lowcontext.methods.base import Moved, is_decoding
 from lowcontext.ops import attention, sparse_attention
@@ -74,6 +74,7 @@ def attention_function(
         raise NotImplementedError(
             "is_causal: expected True, got False; unpatch_model(model) for bidirectional attention"
         )
+    query, key = in_autocast(query, value), in_autocast(key, value)
     call = _Call(
         settings, dropout, scaling, kwargs.get("softcap"), kwargs.get(_LAYER_ARGUMENT), module
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -86,7 +87,6 @@ def patched_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if ATTRIBUTE in module.__dict__]
 
 
-def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
 @contextmanager
 def reporting(model: nn.Module, name: str, value: Any) -> Iterator[None]:
     """Gives every settings of a patched model `value` as its field `name`, for a `with` block.
@@ -107,12 +107,14 @@ def reporting(model: nn.Module, name: str, value: Any) -> Iterator[None]:
             setattr(setting, name, previous)
 
 
+def attention_modules(model: PreTrainedModel) -> list[nn.Module]:
     """The causal self-attention modules of a text tower, in order.
 
     Raises:
         NotImplementedError: there is none, or the family has something that the ops cannot honour.
     """
     _refuse_config(model.config)
+    _refuse_unused_window(model)
     found = []
     for module in model.modules():
         name = type(module).__name__
@@ -146,8 +148,8 @@ def make_settings(
         method.check_layers(full)
     elif not isinstance(method, method_class("dense")):
         warnings.warn(
-            f"every layer of {type(model).__name__} has a sliding window and stays dense: "
-            f"{method} changes nothing",
+            f"every layer of {type(model).__name__} has a sliding window or is one of the first "
+            f"dense_layers={method.dense_layers}, and stays dense: {method} changes nothing",
             UserWarning,
             stacklevel=4,
         )
@@ -219,6 +221,28 @@ def _refuse_config(config: Any) -> None:
     if getattr(config, "index_topk", None) is not None:
         raise NotImplementedError(
             f"model: {kind} selects keys with an indexer of its own; use the model unpatched"
+        )
+
+
+def _refuse_unused_window(model: PreTrainedModel) -> None:
+    """Raises where the configuration has a window that the model's masks do not.
+
+    Checkpoints converted to another family keep such leftovers. transformers then reads a prompt in
+    full and cuts the cache of the steps behind it: there is no window to be exact about.
+    """
+    window = max(layer_windows(model.config).values(), default=0)
+    families = {
+        c.__module__
+        for m in model.modules()
+        if isinstance(m, PreTrainedModel)
+        for c in type(m).__mro__
+    }
+    if window and not any(
+        hasattr(sys.modules.get(name), "create_sliding_window_causal_mask") for name in families
+    ):
+        raise NotImplementedError(
+            f"model: config.sliding_window={window}, but {type(model).__name__} never masks with a "
+            "window; set model.config.sliding_window = None, and its cache will not be cut either"
         )
 
 

@@ -25,6 +25,13 @@ class Padding:
     spans: tuple[tuple[int, int], ...]
     kv_start: Tensor | None
 
+    def contiguous(self) -> Padding:
+        """Refuses: generate() asks for this where it makes masks ahead, for a static cache."""
+        raise NotImplementedError(
+            "cache_implementation: expected a dynamic cache, got a static one, whose buffer is "
+            "longer than the sequence; leave cache_implementation out"
+        )
+
 
 def mask_function(
     *,
@@ -67,7 +74,8 @@ def mask_function(
     if mask.shape[1] != kv_length:
         raise ValueError(
             f"attention_mask: expected {kv_offset + kv_length} columns, one for each cached and "
-            f"new token, got {attention_mask.shape[1]}"
+            f"new token, got {attention_mask.shape[1]}; give the mask of the whole sequence, and "
+            "leave cache_implementation out: a static cache is longer than its sequence"
         )
     if torch.compiler.is_compiling():
         return mask
@@ -89,7 +97,9 @@ def _read_padding(mask: Tensor) -> Padding:
         if valid and end + 1 - start != valid:
             raise NotImplementedError(
                 f"attention_mask: expected the valid tokens of row {b} in one run, got {valid} in "
-                f"[{start}, {end + 1}); pad on the left, and do not generate behind right padding"
+                f"[{start}, {end + 1}), with padding between them; pad on the left. To go on "
+                "after rows that ended early, give all tokens so far as one left-padded batch "
+                "without past_key_values, or go on with each row alone"
             )
         spans.append((start, end + 1) if valid else (0, 0))
     left = all(end == L for _, end in spans)

@@ -83,6 +83,7 @@ class SparseCacheLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Appends keys and values [B, Hkv, L, D]; returns views of all of them so far."""
+        key_states = in_autocast(key_states, value_states)
         keys, values = self._buffer or self._initialise(key_states, value_states)
         batch, _, capacity, _ = keys.shape
         new_batch, _, new, _ = key_states.shape
@@ -256,6 +257,16 @@ class SparseCacheLayer(CacheLayerMixin):
             self._length = value.shape[2]
             self._inference = value.is_inference()
         self.drop_memory()
+
+
+def in_autocast(x: Tensor, values: Tensor) -> Tensor:
+    """Queries or keys in the dtype of the values inside an autocast region, else x itself.
+
+    RoPE leaves them in fp32 there, and transformers' sdpa is an op that casts.
+    """
+    if x.dtype == values.dtype or not torch.is_autocast_enabled(x.device.type):
+        return x
+    return x.to(values.dtype)
 
 
 def _made_in_inference_mode(buffer: Tensor) -> bool:

@@ -26,6 +26,25 @@ def both(family: str, method: str = "dense", **options: Any) -> tuple[Any, Any]:
     return tiny(family), lowcontext.patch_model(tiny(family), method, **options)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("method", sorted(SPARSE))
+def test_autocast_runs_in_its_dtype_and_gives_what_it_gives_unpatched(
+    family: str, method: str
+) -> None:
+    plain, covering = both(family, "block_topk", budget=4096)
+    sparse = lowcontext.patch_model(tiny(family), method, **SPARSE[method])
+    ids = prompt(60)
+    exact = logits(plain, ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        error = (logits(plain, ids) - exact).abs().max()
+        assert (logits(covering, ids) - exact).abs().max() <= 2 * error + 1e-5
+        cache = DynamicCache(config=sparse.config)
+        logits(sparse, ids, past_key_values=cache)
+        assert greedy(sparse, ids).shape == (1, 8)
+    full = cache.layers[1]
+    assert full.keys.dtype == full.values.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("returned", [1, 3])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_beam_search_equals_the_unpatched_model(family: str, returned: int) -> None:

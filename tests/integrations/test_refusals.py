@@ -86,6 +86,18 @@ def test_bidirectional_attention_is_refused(patched: Any) -> None:
         logits(patched, prompt(20), is_causal=False)
 
 
+def test_a_window_that_the_model_does_not_mask_with_is_refused() -> None:
+    """As left in the configuration of a Mistral checkpoint that was converted to Llama."""
+    model = tiny("llama", sliding_window=8)
+    whole = logits(tiny("llama"), prompt(40))
+    torch.testing.assert_close(logits(model, prompt(40)), whole)
+    expect_refused(model, "never masks with a window")
+    model.config.sliding_window = None
+    lowcontext.patch_model(model, "block_topk", budget=4096)
+    torch.testing.assert_close(logits(model, prompt(40)), whole)
+    assert torch.equal(greedy(model, prompt(40)), greedy(tiny("llama"), prompt(40)))
+
+
 def test_something_that_is_not_a_transformers_model_is_refused() -> None:
     with pytest.raises(TypeError, match="PreTrainedModel"):
         lowcontext.patch_model(torch.nn.Linear(2, 2), "dense")
@@ -196,6 +208,45 @@ def test_a_static_cache_is_refused(family: str) -> None:
     cache = StaticCache(config=model.config, max_cache_len=64)
     with pytest.raises(NotImplementedError, match="cache"), torch.no_grad():
         model(input_ids=prompt(20), past_key_values=cache)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.filterwarnings("ignore:every layer")
+def test_a_static_cache_with_padding_is_refused(family: str) -> None:
+    model = lowcontext.patch_model(tiny(family), "streaming_llm", **SPARSE)
+    ids, mask = left_padded([prompt(20)[0], prompt(13, seed=2)[0]])
+    with pytest.raises((NotImplementedError, ValueError), match="leave cache_implementation out"):
+        greedy(model, ids, attention_mask=mask, cache_implementation="static")
+
+
+@pytest.mark.parametrize(("family", "dense"), [("mistral", 0), ("llama", 2), ("gemma2", 2)])
+def test_a_model_that_stays_dense_is_warned_of(family: str, dense: int) -> None:
+    with pytest.warns(UserWarning, match=f"dense_layers={dense}, and stays dense: quest"):
+        lowcontext.patch_model(tiny(family), "quest", dense_layers=dense)
+
+
+def test_a_method_that_does_not_fit_the_layers_leaves_the_model_as_it_was() -> None:
+    model = tiny("llama")
+    with pytest.raises(ValueError, match="select_layers: expected layers with full attention"):
+        lowcontext.patch_model(model, decode="tidaldecode")
+    lowcontext.patch_model(model, decode="tidaldecode", select_layers=[0])
+
+
+def test_generating_on_after_a_row_ended_early_says_what_to_do(patched: Any) -> None:
+    ids = prompt(20, batch=2)
+    first = greedy(patched, ids, new=2)
+    out = patched.generate(
+        ids,
+        max_new_tokens=6,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=int(first[1, 1]),
+        return_dict_in_generate=True,
+    )
+    assert (out.sequences[1, 23:] == 0).all()
+    longer = torch.cat([out.sequences, prompt(4, batch=2, seed=3)], dim=1)
+    with pytest.raises(NotImplementedError, match="without past_key_values"):
+        greedy(patched, longer, past_key_values=out.past_key_values)
 
 
 def test_training_a_sparse_model_is_refused_and_works_once_unpatched(patched: Any) -> None:
