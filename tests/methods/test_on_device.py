@@ -149,6 +149,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("xattention", {"threshold": 1.0, "dense_last": 0}),
     ("quest", {"scope": "kv_head", "dense_layers": 0}),
     ("hip", {"refresh": 1, "share": "layer"}),
+    ("hip", {"positions": "streaming", "share": "layer"}),
     ("infinitehip", {"positions": "streaming", "share": "layer"}),
     ("infinitehip", {"refresh": 1, "dense_layers": 0}),
     ("recycled", {"threshold": None}),
