@@ -107,8 +107,9 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     tiles that spill no register and fit in shared memory. Not timed yet.
     """
     rows = max(16, min(128, triton.next_power_of_2(block_q)))
-    # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40. With a
-    # limit, D = 256 spills 16 bytes on sm_100; without one, D = 128.
+    # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40, and 16
+    # up to 24 with D = 256 over pages or columns. With a limit, D = 256 spills 16 on sm_100 as well
+    # where nothing is listed; without one, D = 128.
     if itemsize == 4:
         return Tiles(16, 16, 8, 2, 128 if D <= 128 else None)
     if D > 128:  # 64 keys spill 32 bytes with softcap and window, on sm_90 as well
@@ -124,7 +125,9 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
 def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
-    if itemsize == 4:  # 4 warps spill 16 bytes with D = 256, and up to 152 with a limit
+    # 4 warps spill 16 bytes with D = 256, and up to 152 with a limit. Left: 16 bytes in D = 64, 128
+    # and 256 with some lists, each on one architecture or two.
+    if itemsize == 4:
         return Tiles(rows, 16, 8 if D > 128 else 4, 2, None)
     if D <= 128:
         return Tiles(rows, 64, 4, 3)
