@@ -16,21 +16,13 @@
 
 namespace lowcontext {
 
-struct CellScores {
+// Of the problem q, k and scale.
+struct CellScores : Problem {
   static constexpr int64_t kItemLanes = 64;  // query cells of a work item, at least
   static constexpr int64_t kStepCells = 48;  // key cells of a softmax step, at least
 
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t kv_heads = 0;
-  int64_t group = 0;  // query heads per KV head
-  int64_t q_len = 0;
-  int64_t kv_len = 0;
-  int64_t head_dim = 0;
-  TensorView q, k;
   int64_t stride = 1;
-  int64_t block = 1;  // a multiple of stride
-  float scale = 1.0f;
+  int64_t block = 1;        // a multiple of stride
   float* scores = nullptr;  // [B, Hq, query blocks, key blocks], contiguous
 
   int64_t offset() const { return kv_len - q_len; }  // position of the first query
@@ -41,20 +33,16 @@ struct CellScores {
 
   // A work item is `span` blocks of queries of one KV head. Its lanes are query cells, ordered by
   // block, head of the group, cell.
-  int64_t span() const { return ceil_div(kItemLanes, group * cells()); }
+  int64_t span() const { return ceil_div(kItemLanes, group() * cells()); }
   int64_t spans() const { return ceil_div(query_blocks(), span()); }
-  int64_t lanes() const { return span() * group * cells(); }
+  int64_t lanes() const { return span() * group() * cells(); }
   // A step is so many key blocks.
   int64_t step_blocks() const { return ceil_div(kStepCells, cells()); }
   int64_t steps() const { return ceil_div(key_blocks(), step_blocks()); }
 };
 
-// out[b, h, n, :] = mean of the rows of x that lie in block first + n, x beginning at `offset`.
-struct BlockMeans {
-  DType dtype = DType::kFloat32;
-  TensorView x;
-  int64_t length = 0;
-  int64_t head_dim = 0;
+// out[b, h, n, :] = mean of the rows of q that lie in block first + n, q beginning at `offset`.
+struct BlockMeans : Problem {
   int64_t offset = 0;
   int64_t block = 1;
 };

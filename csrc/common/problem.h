@@ -72,6 +72,8 @@ struct Problem {
   IndexView num_blocks, starts;
   IndexView num_columns, columns;  // columns.data null: no columns
 
+  int64_t group() const { return q_heads / kv_heads; }  // query heads per KV head
+
   int64_t first_key(int64_t b) const {
     if (kv_start32 != nullptr) return kv_start32[b * kv_start_stride];
     if (kv_start64 != nullptr) return kv_start64[b * kv_start_stride];

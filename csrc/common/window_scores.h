@@ -14,21 +14,12 @@
 
 namespace lowcontext {
 
-struct WindowScores {
+// n is q_len, N is kv_len; of the problem also scale and softcap.
+struct WindowScores : Problem {
   static constexpr int64_t kChunk = 1024;  // keys of a work item
   static constexpr int64_t kStep = 64;     // keys scored at a time; divides kChunk
 
-  DType dtype = DType::kFloat32;
-  int64_t batch = 0;
-  int64_t kv_heads = 0;
-  int64_t group = 0;   // query heads per KV head
-  int64_t window = 0;  // n
-  int64_t kv_len = 0;  // N
-  int64_t head_dim = 0;
   int64_t stride = 0;  // lanes of a head: n, rounded up to whole panels of the kernels
-  TensorView q, k;     // q [B, Hq, n, D], k [B, Hkv, N, D]
-  float scale = 1.0f;
-  float softcap = 0.0f;  // 0: off
 
   float* queries = nullptr;  // [B, Hkv, lanes / panel, D, panel], scaled
   float* maximum = nullptr;  // [B, Hkv, chunks, lanes]
@@ -40,13 +31,13 @@ struct WindowScores {
   float* vertical = nullptr;  // [B, Hq, N]
   float* slash = nullptr;     // [B, Hq, N]
 
-  int64_t lanes() const { return group * stride; }
+  int64_t lanes() const { return group() * stride; }
   int64_t chunks() const { return (kv_len + kChunk - 1) / kChunk; }
   int64_t chunk_end(int64_t chunk) const {
     return (chunk + 1) * kChunk < kv_len ? (chunk + 1) * kChunk : kv_len;
   }
   // Distance of entry 0 of a part, possibly negative: row 0 to the last key of the chunk.
-  int64_t first_distance(int64_t chunk) const { return kv_len - window - chunk_end(chunk) + 1; }
+  int64_t first_distance(int64_t chunk) const { return kv_len - q_len - chunk_end(chunk) + 1; }
 };
 
 }  // namespace lowcontext

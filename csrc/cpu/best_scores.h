@@ -1,12 +1,12 @@
 // Scores of scattered keys:  out[i] = max_r rows[r, :] . k[positions[i], :]
 //
-// Lanes over head_dim; a tile is R rows x kWidth / R keys, whose products are summed over the lanes
-// all at once. A key is read from the cache once, for all rows.
+// A key is read from the cache once, for all rows.
 #pragma once
 
 #include <cstdint>
 
 #include "plan.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace lowcontext {
@@ -21,12 +21,16 @@ LC_INLINE void prefetch_row(const T* row, int64_t head_dim) {
   for (int64_t j = 0; j < head_dim * static_cast<int64_t>(sizeof(T)); j += 64) prefetch(begin + j);
 }
 
+struct NoPrefetch {
+  LC_INLINE void channels(int64_t) {}
+  LC_INLINE void row(int64_t, int) {}
+};
+
 template <typename T, int R>
 void score_tiles(const ScoreCall& call) {
   constexpr int K = kWidth / R;
   const T* keys = static_cast<const T*>(call.keys);
-  const int64_t head_dim = call.head_dim, whole = head_dim / kWidth * kWidth;
-  const int64_t tail = head_dim - whole;
+  NoPrefetch none;
   for (int64_t first = 0; first < call.count; first += K) {
     const T* key_rows[K];
     LC_UNROLL
@@ -34,37 +38,12 @@ void score_tiles(const ScoreCall& call) {
       const int64_t at = first + i < call.count ? first + i : call.count - 1;
       key_rows[i] = keys + call.positions[at] * call.stride;
       const int64_t then = first + i + kPrefetchTiles * K;
-      if (then < call.count) prefetch_row(keys + call.positions[then] * call.stride, head_dim);
+      if (then < call.count) prefetch_row(keys + call.positions[then] * call.stride, call.head_dim);
     }
     Vec best = set1(-kInfinity);
     const float* row = call.rows;
     for (int64_t r = 0; r < call.num_rows; r += R, row += R * call.row_stride) {
-      Vec acc[kWidth];
-      LC_UNROLL
-      for (int i = 0; i < kWidth; ++i) acc[i] = set1(0.0f);
-      for (int64_t d = 0; d < whole; d += kWidth) {
-        Vec key[K];
-        LC_UNROLL
-        for (int i = 0; i < K; ++i) key[i] = load(key_rows[i] + d);
-        LC_UNROLL
-        for (int j = 0; j < R; ++j) {
-          const Vec query = load(row + j * call.row_stride + d);
-          LC_UNROLL
-          for (int i = 0; i < K; ++i) acc[j * K + i] = fma(query, key[i], acc[j * K + i]);
-        }
-      }
-      if (tail > 0) {
-        LC_UNROLL
-        for (int i = 0; i < K; ++i) {
-          const Vec key = load_first(key_rows[i] + whole, tail);
-          LC_UNROLL
-          for (int j = 0; j < R; ++j) {
-            acc[j * K + i] =
-                fma(load_first(row + j * call.row_stride + whole, tail), key, acc[j * K + i]);
-          }
-        }
-      }
-      best = max(best, sum_each(acc));
+      best = max(best, multiply_tile<R>(row, call.row_stride, key_rows, call.head_dim, none));
     }
     float lanes[kWidth];
     store(lanes, best);

@@ -17,32 +17,21 @@ constexpr int64_t kSmall = int64_t{1} << 18;
 
 Tensor antidiagonal_scores(const Tensor& q, const Tensor& k, int64_t stride, int64_t block,
                            double scale) {
-  const Problem p = make_problem(q, k, k, scale, 0.0, std::nullopt);
+  CellScores c{make_problem(q, k, k, scale, 0.0, std::nullopt)};
   LC_CHECK(stride > 0, "stride", "at least 1", stride);
   LC_CHECK(block > 0 && block % stride == 0, "block", concat("a multiple of stride ", stride),
            block);
   // Numbers of cells are compared as floats.
-  LC_CHECK(p.kv_len / stride < int64_t{1} << 24, "k", "fewer than 2^24 cells", p.kv_len / stride);
+  LC_CHECK(c.kv_len / stride < int64_t{1} << 24, "k", "fewer than 2^24 cells", c.kv_len / stride);
   const KernelTable& kernels = active_kernels();
-  CellScores c;
-  c.dtype = p.dtype;
-  c.batch = p.batch;
-  c.kv_heads = p.kv_heads;
-  c.group = p.q_heads / p.kv_heads;
-  c.q_len = p.q_len;
-  c.kv_len = p.kv_len;
-  c.head_dim = p.head_dim;
-  c.q = p.q;
-  c.k = p.k;
   c.stride = stride;
   c.block = block;
-  c.scale = p.scale;
   Tensor scores = torch::stable::new_empty(
-      q, {p.batch, p.q_heads, c.query_blocks(), c.key_blocks()}, ScalarType::Float);
+      q, {c.batch, c.q_heads, c.query_blocks(), c.key_blocks()}, ScalarType::Float);
   c.scores = static_cast<float*>(scores.mutable_data_ptr());
   const size_t floats = kernels.block_scores.cell_floats(c);
   const int64_t heads = c.batch * c.kv_heads;
-  const bool small = p.batch * p.q_heads * p.q_len * p.kv_len / stride * p.head_dim < kSmall;
+  const bool small = c.batch * c.q_heads * c.q_len * c.kv_len / stride * c.head_dim < kSmall;
   run_items(heads * c.spans(), small, [&](int64_t item) {
     const int64_t head = item % heads;
     const int64_t span = c.spans() - 1 - item / heads;  // those with the most keys first
@@ -53,27 +42,22 @@ Tensor antidiagonal_scores(const Tensor& q, const Tensor& k, int64_t stride, int
 }
 
 Tensor block_means(const Tensor& x, int64_t block, int64_t offset) {
-  const Problem p = make_problem(x, x, x, 1.0, 0.0, std::nullopt);
+  BlockMeans means{make_problem(x, x, x, 1.0, 0.0, std::nullopt)};
   LC_CHECK(offset >= 0, "offset", "at least 0", offset);
   LC_CHECK(block > 0, "block", "at least 1", block);
-  BlockMeans means;
-  means.dtype = p.dtype;
-  means.x = p.q;
-  means.length = p.q_len;
-  means.head_dim = p.head_dim;
   means.offset = offset;
   means.block = block;
   const int64_t first = offset / block;
-  const int64_t blocks = ceil_div(offset + p.q_len, block) - first;
-  Tensor out =
-      torch::stable::new_empty(x, {p.batch, p.q_heads, blocks, p.head_dim}, ScalarType::Float);
+  const int64_t blocks = ceil_div(offset + means.q_len, block) - first;
+  Tensor out = torch::stable::new_empty(x, {means.batch, means.q_heads, blocks, means.head_dim},
+                                        ScalarType::Float);
   float* const data = static_cast<float*>(out.mutable_data_ptr());
   const KernelTable& kernels = active_kernels();
-  const int64_t items = p.batch * p.q_heads * blocks;
-  run_items(items, items * block * p.head_dim < kSmall, [&](int64_t item) {
+  const int64_t items = means.batch * means.q_heads * blocks;
+  run_items(items, items * block * means.head_dim < kSmall, [&](int64_t item) {
     const int64_t head = item / blocks;
-    kernels.block_scores.block_mean(means, head / p.q_heads, head % p.q_heads,
-                                    first + item % blocks, data + item * p.head_dim);
+    kernels.block_scores.block_mean(means, head / means.q_heads, head % means.q_heads,
+                                    first + item % blocks, data + item * means.head_dim);
   });
   return out;
 }

@@ -64,14 +64,14 @@ template <typename T>
 void pack_cells(const CellScores& c, int64_t b, int64_t h, int64_t first_block,
                 const CellScratch& scratch) {
   const Vec factor = set1(c.scale * kLog2E / static_cast<float>(c.stride));
-  const int64_t per_block = c.group * c.cells();
+  const int64_t per_block = c.group() * c.cells();
   const T* heads[kWidth];
   int64_t begin[kWidth];  // position of the first token of the lane's cell; behind the end: no lane
   for (int64_t lane = 0; lane < scratch.width(); lane += kWidth) {
     for (int64_t i = 0; i < kWidth; ++i) {
       const int64_t at = lane + i, rest = at % per_block;
       const int64_t cell = (first_block + at / per_block) * c.cells() + rest % c.cells();
-      heads[i] = head_base<T>(c.q, b, h * c.group + rest / c.cells());
+      heads[i] = head_base<T>(c.q, b, h * c.group() + rest / c.cells());
       begin[i] = at < c.lanes() ? cell * c.stride : c.kv_len;
       scratch.cell[at] = static_cast<float>(cell);
     }
@@ -185,9 +185,9 @@ void score_span(const CellScores& c, int64_t b, int64_t h, int64_t span, float* 
     const bool exists = begin + c.stride > c.offset() && begin < c.kv_len;
     scratch.sum[lane] = exists ? 1.0f / scratch.sum[lane] : 0.0f;
   }
-  const int64_t heads = c.kv_heads * c.group, key_blocks = c.key_blocks();
+  const int64_t key_blocks = c.key_blocks();
   const auto row_of = [&](int64_t n, int64_t g) {
-    const int64_t row = (b * heads + h * c.group + g) * c.query_blocks() + n - c.first_block();
+    const int64_t row = (b * c.q_heads + h * c.group() + g) * c.query_blocks() + n - c.first_block();
     return c.scores + row * key_blocks;
   };
   for (int64_t m = 0; m < stop_block; ++m) {
@@ -200,7 +200,7 @@ void score_span(const CellScores& c, int64_t b, int64_t h, int64_t span, float* 
     }
     const float* cell = weights;
     for (int64_t n = first_block; n < stop_block; ++n) {
-      for (int64_t g = 0; g < c.group; ++g, cell += c.cells()) {
+      for (int64_t g = 0; g < c.group(); ++g, cell += c.cells()) {
         float total = 0.0f;
         for (int64_t i = 0; i < c.cells(); ++i) total += cell[i];
         row_of(n, g)[m] = total;
@@ -208,7 +208,7 @@ void score_span(const CellScores& c, int64_t b, int64_t h, int64_t span, float* 
     }
   }
   for (int64_t n = first_block; n < stop_block; ++n) {
-    for (int64_t g = 0; g < c.group; ++g) {
+    for (int64_t g = 0; g < c.group(); ++g) {
       float* row = row_of(n, g);
       for (int64_t m = stop_block; m < key_blocks; ++m) row[m] = 0.0f;
     }
@@ -231,14 +231,14 @@ void cell_scores(const CellScores& c, int64_t b, int64_t h, int64_t span, float*
 template <typename T>
 void mean_of_block(const BlockMeans& x, int64_t b, int64_t h, int64_t n, float* out) {
   const int64_t low = max64(n * x.block, x.offset);
-  const int64_t high = min64((n + 1) * x.block, x.offset + x.length);
-  const T* rows = head_base<T>(x.x, b, h) + (low - x.offset) * x.x.stride_l;
+  const int64_t high = min64((n + 1) * x.block, x.offset + x.q_len);
+  const T* rows = head_base<T>(x.q, b, h) + (low - x.offset) * x.q.stride_l;
   const Vec share = set1(1.0f / static_cast<float>(high - low));
   for (int64_t d = 0; d < x.head_dim; d += kWidth) {
     const int64_t width = min64(kWidth, x.head_dim - d);
     Vec sum = set1(0.0f);
     for (int64_t i = 0; i < high - low; ++i) {
-      sum = sum + load_first(rows + i * x.x.stride_l + d, width);
+      sum = sum + load_first(rows + i * x.q.stride_l + d, width);
     }
     store_first(out + d, sum * share, width);
   }

@@ -13,6 +13,7 @@
 #include "keys.h"
 #include "plan.h"
 #include "rows.h"
+#include "tile.h"
 #include "vec.h"
 
 namespace lowcontext {
@@ -104,52 +105,38 @@ LC_INLINE void prefetch_share(const char* line, int r) {
   for (int64_t i = r * kLines / R; i < (r + 1) * kLines / R; ++i) prefetch(line + 64 * i);
 }
 
+// Prefetches of the score loop: the step's values, and again the keys that are kNear away.
+template <typename T, int R>
+struct ScoreAhead {
+  static constexpr int K = kWidth / R;
+  static constexpr int64_t kBytes = K * kWidth * static_cast<int64_t>(sizeof(T));
+  RowStream<T> values;
+  const T* near[K];
+  const char* upcoming;
+
+  LC_INLINE void channels(int64_t) { upcoming = values.template next<kBytes>(); }
+  LC_INLINE void row(int64_t d, int r) {
+    prefetch_share<kBytes, R>(upcoming, r);
+    if (kAskTwice<T> && d * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
+      for (int i = r * K / R; i < (r + 1) * K / R; ++i) prefetch(near[i] + d);
+    }
+  }
+};
+
 // s[block, row * K + key] for K = kWidth / R keys of each block.
 template <typename T, int R>
 void score_keys(const T* k, int64_t k_stride, RowStream<T> values, const int32_t* positions,
                 int64_t keys, const float* q, int64_t head_dim, float* s) {
   constexpr int K = kWidth / R;
-  const int64_t q_stride = padded(head_dim);
-  const int64_t whole = head_dim / kWidth * kWidth;
+  ScoreAhead<T, R> ahead = {values, {}, nullptr};
   for (int64_t first = 0; first < keys; first += K) {
     const T* rows[K];
-    const T* near[K];
     LC_UNROLL
     for (int i = 0; i < K; ++i) {
       rows[i] = k + positions[min64(first + i, keys - 1)] * k_stride;
-      near[i] = k + positions[min64(first + i + kNear, keys - 1)] * k_stride;
+      ahead.near[i] = k + positions[min64(first + i + kNear, keys - 1)] * k_stride;
     }
-    Vec acc[kWidth];
-    LC_UNROLL
-    for (int i = 0; i < kWidth; ++i) acc[i] = set1(0.0f);
-    for (int64_t d = 0; d < whole; d += kWidth) {
-      constexpr int64_t kBytes = K * kWidth * static_cast<int64_t>(sizeof(T));
-      const char* upcoming = values.template next<kBytes>();
-      Vec key[K];
-      LC_UNROLL
-      for (int i = 0; i < K; ++i) key[i] = load(rows[i] + d);
-      LC_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Vec query = load(q + r * q_stride + d);
-        LC_UNROLL
-        for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
-        prefetch_share<kBytes, R>(upcoming, r);
-        if (kAskTwice<T> && d * static_cast<int64_t>(sizeof(T)) % 64 == 0) {
-          for (int i = r * K / R; i < (r + 1) * K / R; ++i) prefetch(near[i] + d);
-        }
-      }
-    }
-    if (whole < head_dim) {
-      Vec key[K];
-      for (int i = 0; i < K; ++i) key[i] = load_first(rows[i] + whole, head_dim - whole);
-      LC_UNROLL
-      for (int r = 0; r < R; ++r) {
-        const Vec query = load(q + r * q_stride + whole);
-        LC_UNROLL
-        for (int i = 0; i < K; ++i) acc[r * K + i] = fma(query, key[i], acc[r * K + i]);
-      }
-    }
-    store(s + first / K * kWidth, sum_each(acc));
+    store(s + first / K * kWidth, multiply_tile<R>(q, padded(head_dim), rows, head_dim, ahead));
   }
 }
 

@@ -75,7 +75,7 @@ struct ScoreCall {
   int64_t stride;    // elements between keys
   const int32_t* positions;
   int64_t count;
-  const float* rows;  // [num_rows, row_stride]
+  const float* rows;  // [num_rows, row_stride], with zeros from head_dim to a multiple of 16
   int64_t num_rows;   // 1, 2 or a multiple of 4
   int64_t row_stride;
   int64_t head_dim;

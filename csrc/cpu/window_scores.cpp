@@ -28,53 +28,41 @@ void combine_chunks(const WindowScores& w, int64_t head) {
       total += sum[c * w.lanes() + lane] * std::exp2(maximum[c * w.lanes() + lane] - top);
     }
     maximum[lane] = top;
-    sum[lane] = lane % w.stride < w.window ? 1.0f / total : 0.0f;
+    sum[lane] = lane % w.stride < w.q_len ? 1.0f / total : 0.0f;
   }
 }
 
 // slash[d] of one query head, from the parts of its chunks in ascending order of their keys.
 void merge_parts(const WindowScores& w, int64_t head, int64_t g) {
   const int64_t width = WindowScores::kChunk + w.stride;
-  float* slash = w.slash + (head * w.group + g) * w.kv_len;
+  float* slash = w.slash + (head * w.group() + g) * w.kv_len;
   std::fill(slash, slash + w.kv_len, 0.0f);
   for (int64_t c = 0; c < w.chunks(); ++c) {
-    const float* part = w.parts + ((head * w.chunks() + c) * w.group + g) * width;
+    const float* part = w.parts + ((head * w.chunks() + c) * w.group() + g) * width;
     const int64_t base = w.first_distance(c);
     // Entries past the rows of the window are zero, those of negative distance weigh nothing.
     const int64_t stop =
-        std::min(w.chunk_end(c) - c * WindowScores::kChunk + w.window - 1, w.kv_len - base);
+        std::min(w.chunk_end(c) - c * WindowScores::kChunk + w.q_len - 1, w.kv_len - base);
     for (int64_t i = std::max<int64_t>(0, -base); i < stop; ++i) slash[base + i] += part[i];
   }
 }
 
 Outputs last_window_scores(const Tensor& q, const Tensor& k, double scale, double softcap) {
-  const Problem p = make_problem(q, k, k, scale, softcap, std::nullopt);
-  LC_CHECK(p.q_len > 0, "q", "at least one query", p.q_len);
+  WindowScores w{make_problem(q, k, k, scale, softcap, std::nullopt)};
+  LC_CHECK(w.q_len > 0, "q", "at least one query", w.q_len);
   const KernelTable& kernels = active_kernels();
-  WindowScores w;
-  w.dtype = p.dtype;
-  w.batch = p.batch;
-  w.kv_heads = p.kv_heads;
-  w.group = p.q_heads / p.kv_heads;
-  w.window = p.q_len;
-  w.kv_len = p.kv_len;
-  w.head_dim = p.head_dim;
-  w.q = p.q;
-  w.k = p.k;
-  w.scale = p.scale;
-  w.softcap = p.softcap;
   const int64_t panel = kernels.shape.panel_lanes;
-  w.stride = (p.q_len + panel - 1) / panel * panel;
+  w.stride = (w.q_len + panel - 1) / panel * panel;
 
   const int64_t heads = w.batch * w.kv_heads;
   const auto floats = [&](int64_t n) {
     return torch::stable::new_empty(q, {n}, ScalarType::Float);
   };
-  Tensor vertical = torch::stable::new_empty(q, {p.batch, p.q_heads, p.kv_len}, ScalarType::Float);
-  Tensor slash = torch::stable::new_empty(q, {p.batch, p.q_heads, p.kv_len}, ScalarType::Float);
+  Tensor vertical = torch::stable::new_empty(q, {w.batch, w.q_heads, w.kv_len}, ScalarType::Float);
+  Tensor slash = torch::stable::new_empty(q, {w.batch, w.q_heads, w.kv_len}, ScalarType::Float);
   Tensor queries = floats(heads * w.lanes() * w.head_dim);
   Tensor statistics = floats(2 * heads * w.chunks() * w.lanes());
-  Tensor parts = floats(heads * w.chunks() * w.group * (WindowScores::kChunk + w.stride));
+  Tensor parts = floats(heads * w.chunks() * w.group() * (WindowScores::kChunk + w.stride));
   const int64_t kept = heads * w.chunks() * WindowScores::kChunk * w.lanes();
   Tensor logits = floats(kept * 4 <= kKeptBytes ? kept : 0);
   const auto data = [](Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); };
@@ -98,7 +86,8 @@ Outputs last_window_scores(const Tensor& q, const Tensor& k, double scale, doubl
   each(kernels.window_scan);
   run_items(heads, false, [&](int64_t i) { combine_chunks(w, i); });
   each(kernels.window_add);
-  run_items(heads * w.group, false, [&](int64_t i) { merge_parts(w, i / w.group, i % w.group); });
+  run_items(w.batch * w.q_heads, false,
+            [&](int64_t i) { merge_parts(w, i / w.group(), i % w.group()); });
   return {vertical, slash};
 }
 

@@ -24,13 +24,13 @@ constexpr int64_t kKeyStride = kMaxWindowDim + 16;
 template <typename T>
 void window_pack_as(const WindowScores& w, int64_t b, int64_t h) {
   float* out = w.queries + (b * w.kv_heads + h) * w.lanes() * w.head_dim;
-  const float factor = w.softcap > 0.0f ? w.scale / w.softcap : w.scale * kLog2E;
+  const float factor = query_scale(w);
   for (int64_t lane = 0; lane < w.lanes(); ++lane) {
     const int64_t r = lane % w.stride;
-    const T* row = head_base<T>(w.q, b, h * w.group + lane / w.stride) + r * w.q.stride_l;
+    const T* row = head_base<T>(w.q, b, h * w.group() + lane / w.stride) + r * w.q.stride_l;
     float* to = out + lane / kLanes * kLanes * w.head_dim + lane % kLanes;
     for (int64_t d = 0; d < w.head_dim; ++d) {
-      to[d * kLanes] = r < w.window ? to_float(row[d]) * factor : 0.0f;
+      to[d * kLanes] = r < w.q_len ? to_float(row[d]) * factor : 0.0f;
     }
   }
 }
@@ -62,8 +62,8 @@ void window_logits(const WindowScores& w, const float* keys, int64_t first, int6
     for (i = 0; i < count * kLanes; i += kWidth) store(s + i, tanh(load(s + i)) * cap);
   }
   const int64_t row0 = panel * kLanes % w.stride;
-  for (i = max64(0, w.kv_len - w.window + row0 + 1 - first); i < count; ++i) {
-    const int64_t hidden = first + i - (w.kv_len - w.window) - row0;  // lanes before the key
+  for (i = max64(0, w.kv_len - w.q_len + row0 + 1 - first); i < count; ++i) {
+    const int64_t hidden = first + i - (w.kv_len - w.q_len) - row0;  // lanes before the key
     for (int64_t lane = 0; lane < min64(hidden, kLanes); ++lane) {
       s[i * kLanes + lane] = -kInfinity;
     }
@@ -128,13 +128,13 @@ void window_add_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
   const float* maximum = w.maximum + head * w.chunks() * w.lanes();
   const float* inverse = w.sum + head * w.chunks() * w.lanes();
   const int64_t width = WindowScores::kChunk + w.stride;
-  float* parts = w.parts + (head * w.chunks() + chunk) * w.group * width;
-  std::memset(parts, 0, static_cast<size_t>(w.group * width) * sizeof(float));
+  float* parts = w.parts + (head * w.chunks() + chunk) * w.group() * width;
+  std::memset(parts, 0, static_cast<size_t>(w.group() * width) * sizeof(float));
   const int64_t end = w.chunk_end(chunk);
   for (int64_t first = chunk * WindowScores::kChunk; first < end; first += WindowScores::kStep) {
     const int64_t count = min64(WindowScores::kStep, end - first);
     if (w.logits == nullptr) window_gather<T>(w, b, h, first, count, keys);
-    for (int64_t g = 0; g < w.group; ++g) {
+    for (int64_t g = 0; g < w.group(); ++g) {
       for (int64_t i = 0; i < WindowScores::kStep; ++i) totals[i] = set1(0.0f);
       for (int64_t row = 0; row < w.stride; row += kLanes) {
         const int64_t lane = g * w.stride + row;
@@ -154,7 +154,7 @@ void window_add_as(const WindowScores& w, int64_t b, int64_t h, int64_t chunk) {
           }
         }
       }
-      float* vertical = w.vertical + (head * w.group + g) * w.kv_len + first;
+      float* vertical = w.vertical + (head * w.group() + g) * w.kv_len + first;
       for (int64_t i = 0; i < count; i += kWidth) {
         Vec block[kWidth];
         for (int j = 0; j < kWidth; ++j) block[j] = totals[i + j];
