@@ -165,7 +165,7 @@ def fidelity(
 
 
 def fidelity_table(found: Sequence[Any]) -> Table:
-    """Means and worst heads by method, phase and layer."""
+    """Means and worst heads by method and phase, of all layers first and then of each."""
     names = ("layer", "mass", "least", "error", "largest", "read")
     table = Table(
         Column("method, phase", overflow="fold", min_width=16),
@@ -173,14 +173,16 @@ def fidelity_table(found: Sequence[Any]) -> Table:
         title="Softmax mass read and relative error of the output, over heads",
         box=SIMPLE,
     )
-    groups: dict[tuple[str, str, int], list[Any]] = {}
+    groups: dict[tuple[str, str, str], list[Any]] = {}
     for head in found:
-        groups.setdefault((head.method, head.phase, head.layer), []).append(head)
+        groups.setdefault((head.method, head.phase, "all"), []).append(head)
+    for head in found:
+        groups.setdefault((head.method, head.phase, str(head.layer)), []).append(head)
     short = parse.short_names(list(dict.fromkeys(head.method for head in found)))
     for (method, phase, layer), heads in groups.items():
         table.add_row(
             f"{short[method]}, {phase}",
-            str(layer),
+            layer,
             f"{sum(h.mass for h in heads) / len(heads):.2%}",
             f"{min(h.mass for h in heads):.2%}",
             f"{sum(h.error for h in heads) / len(heads):.4f}",

@@ -262,6 +262,8 @@ def test_fidelity_writes_rows_and_a_picture(checkpoint: Path, tmp_path: Path) ->
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "fidelity.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 3 * 4  # methods, phases, layers, heads
+    sparse = [row["mass"] for row in rows if row["phase"] == "prefill" and row["density"] < 1]
+    assert re.search(f" all +{sum(sparse) / len(sparse):.2%} ", result.output)
     assert (tmp_path / "fidelity.png").exists()
 
 
