@@ -26,7 +26,7 @@ RULES: dict[str, TokenSelect] = {
     "pages, coarse=2": replace(BASE, scoring="pages", coarse=2),
     "pages, coarse=4": replace(BASE, scoring="pages", coarse=4),
     "pages, coarse=8": replace(BASE, scoring="pages", coarse=8),
-    "pages per KV head, coarse=4": replace(BASE, scope="kv_head", scoring="pages"),
+    "pages per KV head, coarse=4": replace(BASE, scope="kv_head", scoring="pages", coarse=4),
 }
 
 

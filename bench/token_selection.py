@@ -126,7 +126,7 @@ def decode(
     times = interleave(calls, rounds=rounds, budget_s=seconds)
     item = k.element_size()
     full, listed = Hkv * length * D * item, 2 * Hkv * (2048 + SINK + LOCAL) * D * item
-    candidates = 4 * 2048 * Hkv * D * item
+    candidates = 8 * 2048 * Hkv * D * item
     sizes = {
         "sdpa": 2 * full,
         "dense": 2 * full,

@@ -88,7 +88,7 @@ class TokenSelect(Method):
     pool: int = 0
     scoring: str = "pages"
     page: int = 16
-    coarse: int = 4
+    coarse: int = 8
     cache_threshold: float | None = None
     cache_cosine: str = "head"
     cache_steps: int = 64
