@@ -53,7 +53,7 @@ def check_groups(Hq: int, Hkv: int) -> None:
 
 
 def check_rows(name: str, x: Tensor) -> None:
-    """Raises unless x [B, H, L, D] has a row: of no rows there is no mean and no block to list."""
+    """Raises unless x [B, H, L, D] has a row: without one there is no block to list."""
     if 0 in x.shape[1:3]:
         raise ValueError(f"{name}: expected at least one row, got {list(x.shape)}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from einops import rearrange
 from torch import Tensor
 
@@ -23,7 +24,8 @@ def block_means(x: Tensor, block: int, *, offset: int = 0, backend: str = "auto"
         backend: "auto" or a backend's name.
 
     Returns:
-        fp32 [B, H, n, D] for the blocks from `offset // block` to that of the last row.
+        fp32 [B, H, n, D] for the blocks from `offset // block` to that of the last row; n is 0
+        without rows.
 
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
@@ -36,9 +38,11 @@ def block_means(x: Tensor, block: int, *, offset: int = 0, backend: str = "auto"
         [0.0, 2.5, 5.0]
     """
     _checks.check_floats("x", x)
-    _checks.check_rows("x", x)
     _expect_int("block", block, 1)
     _expect_int("offset", offset, 0)
+    if x.shape[2] == 0:
+        return x.new_empty(x.shape, dtype=torch.float32)
+    _checks.check_rows("x", x)
     return _means(x, block, offset, backend)
 
 
