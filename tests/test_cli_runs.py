@@ -169,7 +169,7 @@ def test_an_output_folder_that_is_a_file_is_named_before_anything_runs(
     out = tmp_path / "out"
     out.write_text("")
     for command in ("needle", "ruler"):
-        code, output = run(command, checkpoint, "--lengths", "512", "--out", out)
+        code, output = run(command, checkpoint, "--lengths", "1k", "--out", out)
         assert code == 1
         assert f"out: expected a writable file, got '{out}/{command}.jsonl'" in output
         assert "choose another folder" in output
