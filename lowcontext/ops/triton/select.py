@@ -236,6 +236,6 @@ def plan_topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[list[Launc
 def row_launch(kernel: Any, rows: int, args: dict[str, Any]) -> Launch:
     """The launch of a kernel that holds a row of BLOCK entries in the registers of one program."""
     warps = max(1, min(32, args["BLOCK"] // 512))
-    # 16 warps for 16384 entries spill 8 bytes with triton 3.6, and 32 on sm_100 with 3.7 if they may
-    # have 128 registers.
+    # 16 warps for 16384 entries spill 8 bytes with triton 3.6, and 32 on sm_100 with 3.7 if given
+    # 128 registers.
     return Launch(kernel, (rows, 1), args, warps, 1)
