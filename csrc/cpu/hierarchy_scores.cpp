@@ -68,22 +68,27 @@ void Task::gather_rows(Block& b, bool per_query_head) {
   }
 }
 
-// w.scores[i] = best score of w.positions[i] among the rows of the set, and among what is there.
-void Task::score(const Block& b, const RowSet& set, bool accumulate) {
-  const size_t count = w_.positions.size();
-  ScoreCall call;
-  call.dtype = p_.dtype;
-  call.keys = head_keys(set.kv_head);
-  call.stride = p_.k.stride_l;
-  call.positions = w_.positions.data();
-  call.count = static_cast<int64_t>(count);
+template <typename Call>
+Call Task::row_scores(const Block& b, const RowSet& set, size_t count, bool accumulate) {
+  if (w_.scores.size() < count) w_.scores.resize(count);
+  Call call;
   call.rows = b.rows.data() + set.offset;
   call.num_rows = set.count;
   call.row_stride = row_floats_;
   call.head_dim = p_.head_dim;
+  call.count = static_cast<int64_t>(count);
   call.accumulate = accumulate;
-  if (w_.scores.size() < count) w_.scores.resize(count);
   call.out = w_.scores.data();
+  return call;
+}
+
+// w.scores[i] = best score of w.positions[i] among the rows of the set, and among what is there.
+void Task::score(const Block& b, const RowSet& set, bool accumulate) {
+  auto call = row_scores<ScoreCall>(b, set, w_.positions.size(), accumulate);
+  call.dtype = p_.dtype;
+  call.keys = head_keys(set.kv_head);
+  call.stride = p_.k.stride_l;
+  call.positions = w_.positions.data();
   kernels_.best_scores(call);
 }
 
@@ -160,17 +165,9 @@ void Task::score_panels(const Units& units, const Stretch& stretch, Block& b, si
       pack.step = units.step;
       pack.head_dim = p_.head_dim;
       kernels_.pack_keys(pack);
-      if (w_.scores.size() < w_.positions.size()) w_.scores.resize(w_.positions.size());
-      PanelScoreCall call;
+      auto call = row_scores<PanelScoreCall>(b, rows, w_.positions.size(), set > 0);
       call.keys = panels;
       call.panels = w_.positions.data();
-      call.count = static_cast<int64_t>(w_.positions.size());
-      call.rows = b.rows.data() + rows.offset;
-      call.num_rows = rows.count;
-      call.row_stride = row_floats_;
-      call.head_dim = p_.head_dim;
-      call.accumulate = set > 0;
-      call.out = w_.scores.data();
       kernels_.best_of_panels(call);
     }
     const float* each = w_.scores.data();

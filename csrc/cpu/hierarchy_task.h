@@ -134,6 +134,9 @@ class Task {
     return right - 1;
   }
 
+  // A call for the rows of a set, with w.scores as its result.
+  template <typename Call>
+  Call row_scores(const Block& b, const RowSet& set, size_t count, bool accumulate);
   void score(const Block& b, const RowSet& set, bool accumulate);
   void score_units(const Units& units, const Stretch& stretch, Block& b, size_t from);
   void score_panels(const Units& units, const Stretch& stretch, Block& b, size_t from);

@@ -68,19 +68,23 @@ struct KernelShape {
   int64_t key_lanes;     // keys of a panel of keys
 };
 
-// out[i] = max over r of rows[r, :] . keys[positions[i], :], and of out[i] where accumulate.
-struct ScoreCall {
-  DType dtype;       // of the keys
-  const void* keys;  // of one batch row and head
-  int64_t stride;    // elements between keys
-  const int32_t* positions;
-  int64_t count;
+// Best scores of rows: out[i] = max over r, and of out[i] where accumulate.
+struct BestScores {
   const float* rows;  // [num_rows, row_stride], with zeros from head_dim to a multiple of 16
   int64_t num_rows;   // 1, 2 or a multiple of 4
   int64_t row_stride;
   int64_t head_dim;
+  int64_t count;
   bool accumulate;
   float* out;  // [count]
+};
+
+// Of rows[r, :] . keys[positions[i], :].
+struct ScoreCall : BestScores {
+  DType dtype;       // of the keys
+  const void* keys;  // of one batch row and head
+  int64_t stride;    // elements between keys
+  const int32_t* positions;
 };
 
 // out[i, d, j] = keys[positions[i] + j * step, d] for j < key_lanes, as fp32.
@@ -95,18 +99,10 @@ struct KeyPanelCall {
   float* out;  // [count, head_dim, key_lanes]
 };
 
-// out[i] = max over r and the keys of panel panels[i] of rows[r, :] . key, and of out[i] where
-// accumulate.
-struct PanelScoreCall {
+// Of rows[r, :] . key over the keys of panel panels[i].
+struct PanelScoreCall : BestScores {
   const float* keys;  // panels of keys
   const int32_t* panels;
-  int64_t count;
-  const float* rows;  // [num_rows, row_stride]
-  int64_t num_rows;   // 1, 2 or a multiple of 4
-  int64_t row_stride;
-  int64_t head_dim;
-  bool accumulate;
-  float* out;  // [count]
 };
 
 struct BlockScoreKernels {
