@@ -2,6 +2,9 @@
 
 python -m bench.kernels_report [--all] [--arch 90] [--json]
 
+`rows` are the loads of queries, keys and values, `loads` all loads from global memory: instructions
+times the bytes that each thread gets. `ahead` are the copies in flight where a loop waits for one.
+
 Exits with 1 if a kernel spills registers, needs more shared memory than its architecture has, or
 has wgmma instructions that the assembler serializes.
 Default: a handful of configurations in about a minute; `--all`: every tile size with every feature.
@@ -10,6 +13,7 @@ Default: a handful of configurations in about a minute; `--all`: every tile size
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
@@ -35,8 +39,11 @@ _INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync
 class Config:
     """One kernel configuration: a problem on tensors without memory.
 
+    Keys and values are the first part of a longer cache, and odd in number: what is known of
+    strides and addresses is what a decode step knows.
+
     Args:
-        phase: "prefill" (4096 queries) or "decode" (1 query), over 64K keys.
+        phase: "prefill" (4096 queries) or "decode" (1 query), over 64K - 1 keys.
         dtype, D: of q, k, v.
         keys: "tiles" of 64, "pages" of 16, "columns" (tiles and columns) or "dense".
         rows: queries per block in prefill; query heads per KV head in decode.
@@ -59,10 +66,11 @@ class Config:
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this problem on a device with 132 multiprocessors."""
         decode = self.phase == "decode"
-        Hkv, Lk, dtype = 8, 65536, getattr(torch, self.dtype)
+        Hkv, Lk, dtype = 8, 65535, getattr(torch, self.dtype)
         Hq, Lq, block_q = (Hkv * self.rows, 1, 1) if decode else (4 * Hkv, 4096, self.rows)
         q = torch.empty((1, Hq, Lq, self.D), dtype=dtype, device="meta")
-        k, v = (torch.empty((1, Hkv, Lk, self.D), dtype=dtype, device="meta") for _ in "kv")
+        cache = torch.empty((2, 1, Hkv, Lk + 1, self.D), dtype=dtype, device="meta")
+        k, v = cache[:, :, :, :Lk]
         index = None
         if self.keys != "dense":
             _, Nq = BlockIndex.query_blocks(Lq, Lk, block_q)
@@ -89,6 +97,7 @@ REPRESENTATIVE = (
     Config("prefill", "bfloat16", 128),
     Config("prefill", "bfloat16", 256, keys="tiles"),
     Config("prefill", "float32", 128, keys="tiles"),
+    Config("decode", "bfloat16", 64, keys="pages", rows=4),
     Config("decode", "bfloat16", 128, rows=4),
     *score_kernels.REPRESENTATIVE,
 )
@@ -125,10 +134,17 @@ def row(config: AnyConfig, launch: Launch, capability: int) -> dict[str, str | i
         "shared": resources.shared,
         "limit": SHARED_LIMIT[capability],
         "blocks": blocks_per_multiprocessor(resources, capability),
+        "rows": _widths(resources.row_loads),
+        "loads": _widths(resources.loads),
         "ahead": "" if resources.in_flight is None else resources.in_flight,
         "products": "+".join(name for name, op in _INSTRUCTIONS.items() if op in resources.ptx)
         + (" serialized" if resources.serialized else ""),
     }
+
+
+def _widths(loads: Counter[int]) -> str:
+    """Loads by their bytes per thread, the widest first: "24x16 4x4"."""
+    return " ".join(f"{count}x{width}" for width, count in sorted(loads.items(), reverse=True))
 
 
 def blocks_per_multiprocessor(resources: Resources, capability: int) -> int:

@@ -12,12 +12,13 @@ from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
 from lowcontext.ops.triton import blocks, lines, mass, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
 
-_HKV, _GROUP, _N = 8, 4, 65536
+# An odd number of keys, of a cache that holds one more: what a decode step knows of strides.
+_HKV, _GROUP, _N = 8, 4, 65535
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """One op on tensors without memory: 32 query heads, 8 KV heads, 64K keys.
+    """One op on tensors without memory: 32 query heads, 8 KV heads, 64K - 1 keys.
 
     Args:
         op: "tokens", "pages" (keys of chosen pages), "bounds", "vote" or "quantize".
@@ -42,7 +43,7 @@ class ScoreConfig:
         """The launches of this op; they are the same for every capability."""
         dtype, D = getattr(torch, self.dtype), self.D
         q = _empty(1, _HKV * _GROUP, self.R, D)
-        k = _empty(1, _HKV, _N, D // 2 if dtype == torch.uint8 else D, dtype=dtype)
+        k = _keys(D // 2 if dtype == torch.uint8 else D, dtype)
         scales = None if dtype.is_floating_point else _empty(1, _HKV, _N)
         if self.op == "bounds":
             return scores.plan_page_scores(q, _empty(1, _HKV, _N // 16, 2 * D, dtype=dtype))[0]
@@ -56,7 +57,7 @@ class ScoreConfig:
 
 @dataclass(frozen=True)
 class WindowConfig:
-    """`last_window_scores` on tensors without memory: 32 query heads, 8 KV heads, 64K keys.
+    """`last_window_scores` on tensors without memory: 32 query heads, 8 KV heads, 64K - 1 keys.
 
     Args:
         dtype, D: of q and k.
@@ -79,13 +80,13 @@ class WindowConfig:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
         q = _empty(1, _HKV * _GROUP, self.window, self.D, dtype=dtype)
-        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        k = _keys(self.D, dtype)
         return window.plan_window_scores(q, k, 0.1, self.softcap)[0]
 
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """A block score on tensors without memory: 32 query heads, 8 KV heads, 64K queries and keys.
+    """A block score on tensors without memory: 32 query heads, 8 KV heads, L = 64K - 1.
 
     Args:
         op: "means" or "antidiagonal".
@@ -108,7 +109,7 @@ class BlockConfig:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
         q = _empty(1, _HKV * _GROUP, _N, self.D, dtype=dtype)
-        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        k = _keys(self.D, dtype)
         if self.op == "means":
             return [blocks.plan_block_means(q, 0, self.block)[0]]
         return [blocks.plan_antidiagonal_scores(q, k, self.stride, self.block, 0.1)[0]]
@@ -162,7 +163,7 @@ class MassConfig:
 
 @dataclass(frozen=True)
 class LinesConfig:
-    """`vertical_slash.line_index` on masks without memory: 32 heads, 8192 queries, 64K keys.
+    """`vertical_slash.line_index` on masks without memory: 32 heads, 8192 queries, 64K - 1 keys.
 
     Args:
         dense_from: whether blocks from some position on list everything.
@@ -184,7 +185,7 @@ class LinesConfig:
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A search on tensors without memory: 32 query heads, 8 KV heads, 64 queries, 64K keys.
+    """A search on tensors without memory: 32 query heads, 8 KV heads, 64 queries, 64K - 1 keys.
 
     Args:
         op: "tree" or "stages".
@@ -208,7 +209,7 @@ class SearchConfig:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
         q = _empty(1, _HKV * _GROUP, 64, self.D, dtype=dtype)
-        k = _empty(1, _HKV, _N, self.D, dtype=dtype)
+        k = _keys(self.D, dtype)
         if self.op == "tree":
             tree = TreeOptions(beam=128, representative=self.which, rows=self.rows)
             (search,) = searches.searches(q, k, tree, 0, 0, 2 * tree.beam)
@@ -227,6 +228,7 @@ AnyScoreConfig = (
 
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
+    ScoreConfig("tokens", D=64),
     ScoreConfig("tokens", "float32", R=32),
     ScoreConfig("pages", "float16", R=32),
     ScoreConfig("pages", "int8"),
@@ -236,9 +238,11 @@ REPRESENTATIVE = (
     ScoreConfig("quantize"),
     ScoreConfig("quantize", bits=4),
     WindowConfig(),
+    WindowConfig(D=64),
     WindowConfig("float32"),
     BlockConfig("means"),
     BlockConfig("antidiagonal"),
+    BlockConfig("antidiagonal", D=64),
     BlockConfig("antidiagonal", "float32"),
     TopkConfig(select.ROW),
     TopkConfig(2**20, limits=True),
@@ -246,6 +250,7 @@ REPRESENTATIVE = (
     MassConfig(2**20),
     LinesConfig(dense_from=True),
     SearchConfig("tree"),
+    SearchConfig("tree", D=64),
     SearchConfig("stages", "float32"),
 )
 
@@ -283,6 +288,10 @@ def everything() -> Iterator[AnyScoreConfig]:
         for N in (32, 1024, 4096, mass.ROW, 2**20):
             yield MassConfig(N, forced=limits)
         yield LinesConfig(dense_from=limits)
+
+
+def _keys(D: int, dtype: torch.dtype) -> Tensor:
+    return _empty(1, _HKV, _N + 1, D, dtype=dtype)[:, :, :_N]
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

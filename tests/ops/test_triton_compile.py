@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,9 @@ KERNELS = {
     *("line_counts", "line_lists", "line_tiles", "line_columns"),
     *("rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
 }
+# Kernels that read queries, keys or values.
+READERS = {"prefill", "decode", "token_scores", "quantize", "window_lse", "window_sums"}
+READERS |= {"block_means", "antidiagonal", "rows", "tree", "stage"}
 ROOT = Path(__file__).parents[2]
 
 
@@ -60,6 +64,9 @@ def test_kernels_compile_without_spills_and_within_shared_memory(
             assert line["products"] == tensor_cores, line
         if line["kernel"] in ("prefill", "decode") and "bfloat16" in line["config"]:
             assert line["ahead"] == 2, f"expected copies two tiles ahead, got {line}"
+        # 2 bytes at a time is what is left where the alignment of a row gets lost.
+        wide = re.fullmatch(r"\d+x16", line["rows"]) is not None
+        assert wide == (line["kernel"] in READERS), f"expected loads of 16 bytes, got {line}"
         if line["kernel"] == "token_scores" and "float32" not in line["config"]:
             assert line["products"] == "mma.sync", line
         if "float32" in line["config"]:
@@ -90,3 +97,24 @@ def test_copies_ahead_are_those_of_the_innermost_loops_with_products() -> None:
     assert copies_in_flight(PTX) == 2
     assert copies_in_flight(PTX.replace("wait_group 	2", "wait_group 	0")) == 0
     assert copies_in_flight(PTX.replace("mma_async", "fence")) is None
+
+
+SASS = """
+	//## File "/tmp/attend.py", line 43
+        /*1430*/              @!P2 LDG.E.128 R32, desc[UR10][R18.64] ;
+        /*21a0*/                   LDGSTS.E.BYPASS.LTC128B.128 [R165], desc[UR10][R34.64], P6 ;
+        /*2390*/                   LDGDEPBAR ;
+	//## File "/tmp/attend.py", line 103
+        /*1410*/              @!P1 LDG.E R88, desc[UR10][R14.64] ;
+        /*1420*/                   LDG.E.U16.CONSTANT R8, desc[UR10][R14.64] ;
+        /*1440*/                   LDGSTS.E.64 [R165+0x80], desc[UR10][R34.64] ;
+        /*3870*/                   LDS.128 R76, [R143+UR15] ;
+"""
+
+
+def test_loads_are_told_by_their_width_and_their_line() -> None:
+    from lowcontext.ops.triton.resources import global_loads
+
+    rows, lists = ("/tmp/attend.py", 43), ("/tmp/attend.py", 103)
+    widths = [(*rows, 16), (*rows, 16), (*lists, 4), (*lists, 2), (*lists, 8)]
+    assert global_loads(SASS) == widths

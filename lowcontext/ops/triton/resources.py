@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lowcontext.ops.triton import attend
 from lowcontext.ops.triton.launch import Launch
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of
@@ -31,6 +33,9 @@ _TYPES = {
     torch.uint8: "*u8",
 }
 
+# Suffixes of the opcode of a load, which is one of 4 bytes without them.
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
+
 
 @dataclass(frozen=True)
 class Resources:
@@ -45,6 +50,9 @@ class Resources:
         serialized: whether the assembler makes each wgmma wait for the one before.
         in_flight: groups of copies to shared memory that the loops of matrix products leave in
             flight where they wait, in the loop with the fewest; None without such a loop.
+        loads: instructions that read global memory, by the bytes that each thread gets.
+        row_loads: those of `attend._load_rows`, by which all kernels read queries, keys, values and
+            page bounds.
     """
 
     registers: int
@@ -54,6 +62,8 @@ class Resources:
     warps: int
     serialized: bool
     in_flight: int | None
+    loads: Counter[int]
+    row_loads: Counter[int]
 
 
 def compile_launch(launch: Launch, capability: int) -> Resources:
@@ -69,6 +79,7 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     source = _source(launch)
     compiled = triton.compile(source, GPUTarget("cuda", capability, 32), launch.options)
     usage = _usage(compiled.asm["cubin"])
+    found = global_loads(_run("nvdisasm", compiled.asm["cubin"], "-c", "-g"))
     return Resources(
         registers=usage["REG"],
         spilled=usage["STACK"] + usage["LOCAL"],
@@ -77,6 +88,8 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
         warps=launch.num_warps,
         serialized=_serialized(compiled.asm["ptx"], capability),
         in_flight=copies_in_flight(compiled.asm["ptx"]),
+        loads=Counter(width for _, _, width in found),
+        row_loads=Counter(width for *source, width in found if _reads_rows(*source)),
     )
 
 
@@ -144,6 +157,25 @@ def copies_in_flight(ptx: str) -> int | None:
         if not inner and re.search(r"wgmma.mma_async|mma.sync|tcgen05.mma", body):
             waits += [int(n) for n in re.findall(r"cp\.async\.wait_group\s+(\d+)", body)]
     return min(waits, default=None)
+
+
+def global_loads(sass: str) -> list[tuple[str, int, int]]:
+    """(file, line, bytes per thread) of each LDG and LDGSTS in the text of `nvdisasm -c -g`."""
+    file, number, found = "", 0, []
+    for line in sass.splitlines():
+        if place := re.search(r'//## File "(.*)", line (\d+)', line):
+            file, number = place[1], int(place[2])
+        elif load := re.search(r"\bLDG(?:STS)?\.(\S+)", line):
+            sizes = [_BYTES[part] for part in load[1].split(".") if part in _BYTES]
+            found.append((file, number, max(sizes, default=4)))
+    return found
+
+
+def _reads_rows(file: str, line: int) -> bool:
+    """Whether a line is one of `attend._load_rows`."""
+    source = attend._load_rows
+    first = source.starting_line_number
+    return Path(file).name == "attend.py" and 0 <= line - first < len(source.raw_src)
 
 
 def _run(tool: str, given: bytes, *options: str) -> str:
