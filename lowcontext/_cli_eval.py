@@ -1,4 +1,4 @@
-"""The commands `ruler` and `report`."""
+"""The commands `ruler` and `report`, and the rows and tables of `needle`."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def ruler(
     Example: `lowcontext ruler ./my-llama --methods dense,minference,hip --lengths 4k,32k`
     """
     from lowcontext.eval import ruler as suite
+    from lowcontext.eval.records import RulerRow
 
     with errors():
         chosen = parse.methods(methods, method, sweep)
@@ -72,6 +73,7 @@ def ruler(
         )
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
+        parse.check_file(out / "ruler.jsonl", RulerRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=len(run.cells()))
@@ -101,7 +103,7 @@ def report(
         loaded = reports.load_runs(runs)
         for run in loaded:
             console.print(run.name, style="bold", markup=False)
-            for table in [*ruler_tables(run.ruler), *parse.needle_tables(run.needle)]:
+            for table in [*ruler_tables(run.ruler), *needle_tables(run.needle)]:
                 if table.row_count:
                     console.print(table)
         with writing(out, "the runs are as they were"):
@@ -114,7 +116,7 @@ def _ruler_rows(model: Any, tokenizer: Any, run: Any, chosen: Method, out: Path)
     from lowcontext.eval.ruler import run_ruler
 
     with parse.counted(model, chosen) as stats:
-        yield from run_ruler(model, tokenizer, run, method=str(chosen), out=out, stats=stats)
+        yield from run_ruler(model, tokenizer, run, method=chosen, out=out, stats=stats)
 
 
 def ruler_tables(rows: Sequence[Any]) -> list[Table]:
@@ -143,6 +145,57 @@ def ruler_tables(rows: Sequence[Any]) -> list[Table]:
             table.add_row(f" {short[line.method]}", *_figures(line), style=style)
         tables.append(table)
     return tables
+
+
+def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path) -> Iterator[Any]:
+    """Needle rows of one method, the model patched while they run."""
+    from lowcontext.eval import run_needle
+
+    with parse.counted(model, chosen) as stats:
+        yield from run_needle(model, tokenizer, grid, method=chosen, out=out, stats=stats)
+
+
+def needle_tables(rows: Sequence[Any]) -> list[Table]:
+    """Two tables: by length with density and times, and accuracy by depth."""
+    from lowcontext.eval import summarize
+
+    titles = ("length", "right", "95%", "prefill", "decode", "TTFT s", "TPOT ms")
+    by_length = Table(
+        Column("method", overflow="fold", min_width=13),
+        *(Column(name, justify="right", no_wrap=True) for name in titles),
+        title="Accuracy, density of prefill and decode, and median times",
+        box=SIMPLE,
+    )
+    decode: dict[tuple[str, int | None], list[float]] = {}
+    cells: dict[tuple[str, float], list[bool]] = {}
+    for row in rows:
+        value = row.stats.get("density_decode")
+        decode.setdefault((row.method, row.length), []).extend([] if value is None else [value])
+        cells.setdefault((row.method, row.depth), []).append(row.correct)
+    short = parse.short_names(list(dict.fromkeys(row.method for row in rows)))
+    for line in summarize(rows):
+        values = decode[line.method, line.length]
+        by_length.add_row(
+            short[line.method],
+            str(line.length),
+            f"{line.accuracy:.0%}",
+            f"{100 * line.low:.0f}-{100 * line.high:.0f}",
+            parse.share(line.density),
+            parse.share(sum(values) / len(values)) if values else "",
+            f"{line.ttft_s:.2f}",
+            "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
+        )
+    depths = sorted({row.depth for row in rows})
+    by_depth = Table(
+        Column("method", overflow="fold", min_width=13),
+        *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
+        title="Accuracy by depth of the needle",
+        box=SIMPLE,
+    )
+    for name, shown in short.items():
+        found = [cells.get((name, depth), []) for depth in depths]
+        by_depth.add_row(shown, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))
+    return [by_length, by_depth]
 
 
 def _figures(line: Any) -> list[str]:

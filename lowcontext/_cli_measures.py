@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import typer
@@ -26,6 +27,8 @@ from lowcontext._cli_console import (
     writing,
 )
 from lowcontext.methods import Method
+
+_WINDOWS_SHOWN = 8
 
 
 def perplexity(
@@ -51,8 +54,8 @@ def perplexity(
     """Measures perplexity on a text, method by method, and by position in the window.
 
     Prints perplexity, the difference to dense in nats per token with its 95% interval over windows,
-    and perplexity by position; appends one JSONL row per window (a second run with the same --out
-    continues where the first stopped).
+    and perplexity by position; with at most 8 windows the difference in each of them too. Appends
+    one JSONL row per window (a second run with the same --out continues where the first stopped).
 
     Example: `lowcontext perplexity ./my-llama --text book.txt --methods dense,hip --lengths 8k,32k`
     """
@@ -67,13 +70,15 @@ def perplexity(
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         total = sum(measure.window_count(tokenizer, run) for run in runs)
         rows: list[Any] = []
+        parse.check_file(out / "perplexity.jsonl", measure.PerplexityRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=total)
                 for row in _perplexity_rows(lm, tokenizer, runs, one, out / "perplexity.jsonl"):
                     rows.append(row)
                     bars.advance(bar)
-        console.print(perplexity_table(rows))
+        for table in perplexity_tables(rows):
+            console.print(table)
     console.print(f"wrote {out / 'perplexity.jsonl'}")
 
 
@@ -85,17 +90,43 @@ def _perplexity_rows(
 
     for run in runs:
         with parse.counted(model, chosen) as stats:
-            yield from run_perplexity(
-                model, tokenizer, run, method=str(chosen), out=out, stats=stats
-            )
+            yield from run_perplexity(model, tokenizer, run, method=chosen, out=out, stats=stats)
 
 
-def perplexity_table(rows: Sequence[Any]) -> Table:
-    """A line per length and method, with a column per bucket of positions."""
+def perplexity_tables(rows: Sequence[Any]) -> list[Table]:
+    """A table over all windows and, where they are few, one by window."""
     from lowcontext.eval.perplexity import summarize_perplexity
 
     lines = summarize_perplexity(rows)
     short = parse.short_names(list(dict.fromkeys(line.method for line in lines)))
+    few = all(line.windows <= _WINDOWS_SHOWN for line in lines)
+    return [_perplexity_table(lines, short), *([_window_table(lines, short)] if few else [])]
+
+
+def _window_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
+    """Nats per token in each window, in brackets; above dense where dense was run there."""
+    numbers = sorted({number for line in lines for number in line.nats})
+    table = Table(
+        Column("method", overflow="fold", min_width=13),
+        *(Column(name, justify="right") for name in ("tokens", *(f"window {n}" for n in numbers))),
+        title="Nats per token by window: above dense, (of the method itself)",
+        box=SIMPLE,
+    )
+    for line in lines:
+        cells = [
+            f"{line.gaps[n]:+.4f}"
+            if n in line.gaps
+            else f"({line.nats[n]:.4f})"
+            if n in line.nats
+            else ""
+            for n in numbers
+        ]
+        table.add_row(short[line.method], str(line.length), *cells)
+    return table
+
+
+def _perplexity_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
+    """A line per length and method, with a column per bucket of positions."""
     starts = sorted({start for line in lines for start in line.buckets})
     names = ("tokens", "n", "ppl", "diff", "95%", "read", *(f"from {start}" for start in starts))
     table = Table(
@@ -131,6 +162,9 @@ def fidelity(
     steps: Annotated[
         int, typer.Option(help="Measure decode too, on so many of the last tokens.", min=0)
     ] = 0,
+    layers: Annotated[
+        str, typer.Option(help="Show the mass of groups of layers too, such as 0-10,11-29.")
+    ] = "",
     dtype: DtypeOpt = "auto",
     device: DeviceOpt = "auto",
     device_map: DeviceMapOpt = None,
@@ -140,53 +174,90 @@ def fidelity(
 ) -> None:
     """Measures per layer and head what a method keeps of dense attention on the same inputs.
 
-    The softmax mass of the keys it reads, the error of the output, and the share of pairs read:
-    a table of the layers, one JSONL row per head, and a picture.
+    The softmax mass of the keys it reads, the error of the output, and the share of pairs read: a
+    line per method, a table of the layers, one JSONL row per head, and a picture. A second run with
+    the same --out measures only the methods that the first did not finish.
 
     Example: `lowcontext fidelity ./my-llama --prompt book.txt --methods hip,quest --steps 64`
     """
+    from lowcontext.eval.records import RowFile
     from lowcontext.integrations import fidelity as measure
 
     with errors():
         chosen = parse.methods(methods, method, sweep)
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
+        groups = parse.layer_groups(layers, lm.config.get_text_config().num_hidden_layers)
         ids = parse.prompt_ids(tokenizer, prompt, max_length).to(lm.device)
+        path = out / "fidelity.jsonl"
+        kept = list(RowFile(path, measure.FidelityRow, *chosen).rows.values())
         found = []
         with sample_progress() as bars:
             bar = bars.add_task("methods", total=len(chosen))
             for one in chosen:
-                found += measure.measure_fidelity(lm, ids, one, steps=steps)
+                run = measure.run_key(lm, ids, one, steps)
+                heads = [row for row in kept if row.run == run]
+                if not heads:
+                    heads = measure.measure_fidelity(lm, ids, one, steps=steps)
+                    kept += heads
+                    with writing(path, "the methods before this one are kept"):
+                        measure.write_rows(kept, path)
+                found += heads
                 bars.advance(bar)
-        console.print(fidelity_table(found))
-        with writing(out, "the table above is all that is left"):
-            rows = measure.write_rows(found, out / "fidelity.jsonl")
+        for table in fidelity_tables(found, groups):
+            console.print(table)
+        with writing(out, "the rows are kept"):
             picture = measure.plot_fidelity(found, out / "fidelity.png")
-    console.print(f"wrote {rows} and {picture}")
+    console.print(f"wrote {path} and {picture}")
 
 
-def fidelity_table(found: Sequence[Any]) -> Table:
-    """Means and worst heads by method and phase, of all layers first and then of each."""
-    names = ("layer", "mass", "least", "error", "largest", "read")
-    table = Table(
-        Column("method, phase", overflow="fold", min_width=16),
-        *(Column(name, justify="right", no_wrap=True) for name in names),
-        title="Softmax mass read and relative error of the output, over heads",
+def fidelity_tables(found: Sequence[Any], groups: dict[str, range]) -> list[Table]:
+    """Means and worst heads by method: a table per phase over all layers, and one of the layers.
+
+    Args:
+        found: rows of `measure_fidelity`.
+        groups: layers whose mass the tables over all layers show too, by what to call them.
+    """
+    short = parse.short_names(list(dict.fromkeys(head.method for head in found)))
+    phases: dict[str, dict[str, list[Any]]] = {}
+    layers: dict[tuple[str, str, int], list[Any]] = {}
+    for head in found:
+        phases.setdefault(head.phase, {}).setdefault(head.method, []).append(head)
+        layers.setdefault((head.method, head.phase, head.layer), []).append(head)
+    tables = []
+    for phase, methods in phases.items():
+        table = _mass_table(f"{phase}, all layers", "method", *(f"mass {name}" for name in groups))
+        for method, heads in methods.items():
+            parts = [[h for h in heads if h.layer in group] for group in groups.values()]
+            masses = [f"{_mean(part, 'mass'):.2%}" if part else "" for part in parts]
+            table.add_row(short[method], *masses, *_mass_figures(heads))
+        tables.append(table)
+    by_layer = _mass_table("by layer", "method, phase", "layer")
+    for (method, phase, layer), heads in layers.items():
+        by_layer.add_row(f"{short[method]}, {phase}", str(layer), *_mass_figures(heads))
+    return [*tables, by_layer]
+
+
+def _mass_table(what: str, first: str, *more: str) -> Table:
+    return Table(
+        Column(first, overflow="fold", min_width=13),
+        *(
+            Column(name, justify="right", no_wrap=True)
+            for name in (*more, "mass", "least", "error", "largest", "read")
+        ),
+        title=f"Softmax mass read and relative error of the output, over heads: {what}",
         box=SIMPLE,
     )
-    groups: dict[tuple[str, str, str], list[Any]] = {}
-    for head in found:
-        groups.setdefault((head.method, head.phase, "all"), []).append(head)
-    for head in found:
-        groups.setdefault((head.method, head.phase, str(head.layer)), []).append(head)
-    short = parse.short_names(list(dict.fromkeys(head.method for head in found)))
-    for (method, phase, layer), heads in groups.items():
-        table.add_row(
-            f"{short[method]}, {phase}",
-            layer,
-            f"{sum(h.mass for h in heads) / len(heads):.2%}",
-            f"{min(h.mass for h in heads):.2%}",
-            f"{sum(h.error for h in heads) / len(heads):.4f}",
-            f"{max(h.error for h in heads):.4f}",
-            parse.share(sum(h.density for h in heads) / len(heads)),
-        )
-    return table
+
+
+def _mass_figures(heads: Sequence[Any]) -> list[str]:
+    return [
+        f"{_mean(heads, 'mass'):.2%}",
+        f"{min(h.mass for h in heads):.2%}",
+        f"{_mean(heads, 'error'):.4f}",
+        f"{max(h.error for h in heads):.4f}",
+        parse.share(_mean(heads, "density")),
+    ]
+
+
+def _mean(heads: Sequence[Any], name: str) -> float:
+    return fmean(getattr(head, name) for head in heads)

@@ -108,6 +108,24 @@ def lengths(text: str) -> tuple[int, ...]:
     return tuple(values)
 
 
+def layer_groups(text: str, count: int) -> dict[str, range]:
+    """Groups of layers from text such as "0-10,11-29", each by its own text.
+
+    Raises:
+        ValueError: not such text, or layers that a model of `count` layers does not have.
+    """
+    groups = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        ends = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        first, last = (int(ends[1]), int(ends[2] or ends[1])) if ends else (1, 0)
+        if not first <= last < count:
+            raise ValueError(
+                f"--layers: expected N or N-M of the layers 0-{count - 1}, got {part!r}"
+            )
+        groups[part] = range(first, last + 1)
+    return groups
+
+
 def depth_grid(count: int) -> tuple[float, ...]:
     """`count` depths from 0 to 100 percent; one depth is the middle."""
     return (50.0,) if count == 1 else tuple(100.0 * i / (count - 1) for i in range(count))
@@ -270,55 +288,16 @@ def counted(model: Any, chosen: Method) -> Iterator[Callable[[], dict[str, float
         yield stats
 
 
-def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path) -> Iterator[Any]:
-    """Needle rows of one method, the model patched while they run."""
-    from lowcontext.eval import run_needle
+def check_file(path: Path, kind: Any, chosen: Sequence[Method]) -> None:
+    """Refuses an output file that one of the methods could not go on in, before the first runs.
 
-    with counted(model, chosen) as stats:
-        yield from run_needle(model, tokenizer, grid, method=str(chosen), out=out, stats=stats)
+    Raises:
+        ValueError: as `RowFile`.
+    """
+    from lowcontext.eval.records import RowFile
 
-
-def needle_tables(rows: Sequence[Any]) -> list[Table]:
-    """Two tables: by length with density and times, and accuracy by depth."""
-    from lowcontext.eval import summarize
-
-    titles = ("length", "right", "95%", "prefill", "decode", "TTFT s", "TPOT ms")
-    by_length = Table(
-        Column("method", overflow="fold", min_width=13),
-        *(Column(name, justify="right", no_wrap=True) for name in titles),
-        title="Accuracy, density of prefill and decode, and median times",
-        box=SIMPLE,
-    )
-    decode: dict[tuple[str, int | None], list[float]] = {}
-    cells: dict[tuple[str, float], list[bool]] = {}
-    for row in rows:
-        value = row.stats.get("density_decode")
-        decode.setdefault((row.method, row.length), []).extend([] if value is None else [value])
-        cells.setdefault((row.method, row.depth), []).append(row.correct)
-    short = short_names(list(dict.fromkeys(row.method for row in rows)))
-    for line in summarize(rows):
-        values = decode[line.method, line.length]
-        by_length.add_row(
-            short[line.method],
-            str(line.length),
-            f"{line.accuracy:.0%}",
-            f"{100 * line.low:.0f}-{100 * line.high:.0f}",
-            share(line.density),
-            share(sum(values) / len(values)) if values else "",
-            f"{line.ttft_s:.2f}",
-            "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
-        )
-    depths = sorted({row.depth for row in rows})
-    by_depth = Table(
-        Column("method", overflow="fold", min_width=13),
-        *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
-        title="Accuracy by depth of the needle",
-        box=SIMPLE,
-    )
-    for name, shown in short.items():
-        found = [cells.get((name, depth), []) for depth in depths]
-        by_depth.add_row(shown, *(f"{sum(c) / len(c):.0%}" if c else "" for c in found))
-    return [by_length, by_depth]
+    if path.exists():
+        RowFile(path, kind, *chosen)
 
 
 def short_names(labels: list[str]) -> dict[str, str]:

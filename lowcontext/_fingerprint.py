@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from torch import nn
 
@@ -19,3 +20,10 @@ def fingerprint(model: nn.Module) -> str:
             step = max(1, parameter.numel() // 64)
             digest.update(f" {parameter.detach().flatten()[::step][:64].tolist()}".encode())
     return digest.hexdigest()
+
+
+def model_label(model: Any) -> str:
+    """Where a model was loaded from, its dtype, and a digest of its weights: other weights in the
+    same folder, or another dtype, are another model to the rows of a run."""
+    name, dtype = getattr(model, "name_or_path", ""), str(model.dtype).removeprefix("torch.")
+    return f"{name} ({dtype}, {fingerprint(model)[:8]})"

@@ -27,7 +27,7 @@ from lowcontext._cli_console import (
     sample_progress,
     writing,
 )
-from lowcontext._cli_eval import report, ruler
+from lowcontext._cli_eval import needle_rows, needle_tables, report, ruler
 from lowcontext._cli_lm_eval import lm_eval
 from lowcontext._cli_measures import fidelity, perplexity
 
@@ -216,13 +216,14 @@ def needle(
         )
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
+        parse.check_file(out / "needle.jsonl", evaluation.NeedleRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=len(grid.cells()))
-                for row in parse.needle_rows(lm, tokenizer, grid, one, out / "needle.jsonl"):
+                for row in needle_rows(lm, tokenizer, grid, one, out / "needle.jsonl"):
                     rows.append(row)
                     bars.advance(bar)
-        for table in parse.needle_tables(rows):
+        for table in needle_tables(rows):
             console.print(table)
         with writing(out / "needle.png", "the rows are kept"):
             picture = evaluation.plot_needle(rows, out / "needle.png")

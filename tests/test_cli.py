@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -247,6 +248,11 @@ def test_perplexity_writes_rows_and_continues(checkpoint: Path, tmp_path: Path) 
         result = runner.invoke(app, args)
         assert result.exit_code == 0, result.output
     rows = [json.loads(x) for x in (tmp_path / "perplexity.jsonl").read_text().splitlines()]
+    dense, sparse = ([row["nll"] for row in rows[i : i + 2]] for i in (0, 2))
+    printed = " ".join(result.output.split())
+    assert f"dense 200 ({dense[0]:.4f}) ({dense[1]:.4f})" in printed
+    gaps = [f"{one - other:+.4f}" for one, other in zip(sparse, dense, strict=True)]
+    assert f"streaming_llm 200 {' '.join(gaps)}" in printed
     assert [(row["method"], row["window"]) for row in rows] == [
         (method, window) for method in ("dense", "streaming_llm(window=32)") for window in (0, 1)
     ]
@@ -258,13 +264,72 @@ def test_fidelity_writes_rows_and_a_picture(checkpoint: Path, tmp_path: Path) ->
     text.write_text("the sky is clear and the road is long . " * 60)
     args = ["fidelity", str(checkpoint), "--prompt", str(text), "--max-length", "256", "--steps"]
     args += ["2", "--out", str(tmp_path), "-m", "dense", "-m", "streaming_llm:window=32"]
-    result = runner.invoke(app, args)
+    result = runner.invoke(app, [*args, "--layers", "0-1,2"])
     assert result.exit_code == 0, result.output
     rows = [json.loads(line) for line in (tmp_path / "fidelity.jsonl").read_text().splitlines()]
     assert len(rows) == 2 * 2 * 3 * 4  # methods, phases, layers, heads
-    sparse = [row["mass"] for row in rows if row["phase"] == "prefill" and row["density"] < 1]
-    assert re.search(f" all +{sum(sparse) / len(sparse):.2%} ", result.output)
+    for phase in ("prefill", "decode"):
+        sparse = [row for row in rows if row["phase"] == phase and row["density"] < 1]
+        groups = [
+            [row["mass"] for row in sparse if row["layer"] in part] for part in ((0, 1), (2,))
+        ]
+        means = [f"{sum(group) / len(group):.2%}" for group in [*groups, [*groups[0], *groups[1]]]]
+        assert re.search(rf"streaming_llm +{' +'.join(means)} ", result.output)
     assert (tmp_path / "fidelity.png").exists()
+
+
+def test_fidelity_measures_only_what_a_file_lacks(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowcontext.integrations import fidelity
+
+    measured: list[tuple[str, int, int]] = []
+    measure = fidelity.measure_fidelity
+
+    def counted(model: Any, ids: Any, method: Any, *, steps: int) -> Any:
+        measured.append((str(method), ids.shape[1], steps))
+        return measure(model, ids, method, steps=steps)
+
+    monkeypatch.setattr(fidelity, "measure_fidelity", counted)
+    text, file = tmp_path / "book.txt", tmp_path / "fidelity.jsonl"
+    text.write_text("the sky is clear and the road is long . " * 60)
+
+    def run(length: int, steps: int, *methods: str) -> str:
+        args = ["fidelity", str(checkpoint), "--prompt", str(text), "--out", str(tmp_path)]
+        args += ["--max-length", str(length), "--steps", str(steps), "--methods", ",".join(methods)]
+        result = runner.invoke(app, args)
+        assert result.exit_code == 0, result.output
+        return result.output.partition("Softmax")[2].partition("wrote")[0]
+
+    first = run(64, 2, "dense")
+    assert run(64, 2, "dense") == first
+    both = run(64, 2, "dense", "quest")
+    kept = file.read_bytes()
+    assert run(64, 2, "dense", "quest") == both
+    assert file.read_bytes() == kept
+    run(64, 3, "dense")
+    run(48, 2, "dense")
+    asked = [("dense", 64, 2), ("quest", 64, 2), ("dense", 64, 3), ("dense", 48, 2)]
+    assert measured == asked
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 4 * 2 * 3 * 4
+    text.write_text("another text , as long as the one before . " * 60)
+    run(48, 2, "dense")
+    assert measured == [*asked, ("dense", 48, 2)]
+
+
+@pytest.mark.parametrize("layers", ["3", "2-1", "0-3", "first", "0-"])
+def test_groups_of_layers_that_a_model_lacks_are_refused(
+    checkpoint: Path, tmp_path: Path, layers: str
+) -> None:
+    text = tmp_path / "book.txt"
+    text.write_text("the sky is clear . " * 60)
+    args = ["fidelity", str(checkpoint), "--prompt", str(text), "--layers", layers]
+    result = runner.invoke(app, [*args, "--out", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    expected = f"--layers: expected N or N-M of the layers 0-2, got {layers!r}"
+    assert expected in result.output.replace("\n", " ")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_text_that_is_missing_is_one_red_line(checkpoint: Path, tmp_path: Path) -> None:

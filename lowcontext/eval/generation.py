@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowcontext._fingerprint import fingerprint
-
 WARMUP_TOKENS = 256
 
 Stats = Callable[[], Mapping[str, float]]
@@ -147,13 +145,6 @@ class Answerer:
 
     def _read_stats(self) -> dict[str, float]:
         return dict(self.stats()) if self.stats else {}
-
-
-def model_label(model: Any) -> str:
-    """Where a model was loaded from, its dtype, and a digest of its weights: other weights in the
-    same folder, or another dtype, are another model to the rows of a run."""
-    name, dtype = getattr(model, "name_or_path", ""), str(model.dtype).removeprefix("torch.")
-    return f"{name} ({dtype}, {fingerprint(model)[:8]})"
 
 
 def check_counts(

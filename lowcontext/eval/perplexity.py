@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-from lowcontext.eval.generation import Stats, check_counts, check_model, model_label
+from lowcontext._fingerprint import model_label
+from lowcontext.eval.generation import Stats, check_counts, check_model
+from lowcontext.eval.identity import Described, Settings, describe
 from lowcontext.eval.records import RowFile, RowKey, read_any, recorded
 from lowcontext.eval.scoring import mean_interval
 
@@ -66,7 +68,8 @@ class PerplexityRow:
 
     Attributes:
         model: Folder that the model was loaded from, its dtype and a digest of its weights.
-        method: The caller's label for the model as it ran.
+        method: Label of what the model ran under.
+        settings: All settings of it; see ``NeedleRow``.
         text: The file.
         digest: First digits of the SHA-256 of its text.
         length: Tokens of the window.
@@ -84,6 +87,7 @@ class PerplexityRow:
 
     model: str
     method: str
+    settings: Settings | None
     text: str
     digest: str
     length: int
@@ -120,6 +124,9 @@ class PerplexitySummary:
         difference_high: Upper end.
         density: Mean density.
         buckets: Position at which a bucket starts -> perplexity there.
+        nats: Number of a window -> its nats per token.
+        gaps: Number of a window -> its nats per token less those of dense; without the windows that
+            dense was not run on, empty for dense itself.
     """
 
     method: str
@@ -132,6 +139,8 @@ class PerplexitySummary:
     difference_high: float | None
     density: float | None
     buckets: dict[int, float]
+    nats: dict[int, float]
+    gaps: dict[int, float]
 
 
 def run_perplexity(
@@ -139,7 +148,7 @@ def run_perplexity(
     tokenizer: Any,
     run: PerplexityRun,
     *,
-    method: str = BASELINE,
+    method: str | Described = BASELINE,
     out: str | Path | None = None,
     stats: Stats | None = None,
 ) -> Iterator[PerplexityRow]:
@@ -149,7 +158,8 @@ def run_perplexity(
         model: A Hugging Face causal LM, patched or not.
         tokenizer: Its tokenizer.
         run: The windows.
-        method: Label of the rows.
+        method: What the model was patched with, a Method or anything with a label and settings; a
+            text is a label that stands for itself.
         out: JSONL file to append to. Rows already in it are not run again.
         stats: Called after every window; its ``"density"`` and anything else it returns is kept.
 
@@ -158,11 +168,12 @@ def run_perplexity(
 
     Raises:
         ValueError: If the text is missing or too short, if the length exceeds the model's
-            positions, or if ``out`` cannot be written.
+            positions, or if ``out`` cannot be written or has rows of that label with other
+            settings.
     """
     check_model(model, tokenizer, run.length)
     scorer = _Scorer(model, tokenizer, run, method, stats)
-    book = RowFile(out, PerplexityRow) if out is not None else None
+    book = RowFile(out, PerplexityRow, method) if out is not None else None
     return recorded(range(scorer.count), scorer.key, scorer.score, book)
 
 
@@ -181,31 +192,38 @@ def read_perplexity_rows(paths: str | Path | Iterable[str | Path]) -> list[Perpl
 
 
 def summarize_perplexity(rows: Iterable[PerplexityRow]) -> list[PerplexitySummary]:
-    """Groups rows into the lines of a table, by length and then by method.
+    """Groups rows into the lines of a table: all windows of one model, text, length and method.
 
     Args:
         rows: Rows of any number of methods; dense is the method labelled ``"dense"``.
+
+    Returns:
+        Lines by length, then in order of first appearance.
     """
-    groups: dict[tuple[int, str], list[PerplexityRow]] = {}
+    groups: dict[RowKey, list[PerplexityRow]] = {}
     for row in rows:
-        groups.setdefault((row.length, row.method), []).append(row)
-    order = sorted(groups, key=lambda key: key[0])
+        groups.setdefault(row.key[:-1], []).append(row)
     baseline = {
-        (row.length, *row.key[2:]): row.nll
-        for (_, method), part in groups.items()
-        if method == BASELINE
-        for row in part
+        _window(row): row.nll for part in groups.values() for row in part if row.method == BASELINE
     }
-    return [_line(groups[key], baseline) for key in order]
+    order = sorted(groups.values(), key=lambda part: part[0].length)
+    return [_line(part, baseline) for part in order]
 
 
-def _line(rows: list[PerplexityRow], baseline: dict[tuple[Any, ...], float]) -> PerplexitySummary:
+def _window(row: PerplexityRow) -> RowKey:
+    """What is scored, by whatever method."""
+    return (row.model, *row.key[2:])
+
+
+def _line(rows: list[PerplexityRow], baseline: dict[RowKey, float]) -> PerplexitySummary:
     tokens = sum(row.tokens for row in rows)
-    keys = [(row.length, *row.key[2:]) for row in rows]
-    gaps = [row.nll - baseline[key] for row, key in zip(rows, keys, strict=True) if key in baseline]
-    if rows[0].method == BASELINE:
-        gaps = []
-    low, high = mean_interval(gaps) if len(gaps) > 1 else (None, None)
+    gaps = {
+        row.window: row.nll - baseline[_window(row)]
+        for row in rows
+        if row.method != BASELINE and _window(row) in baseline
+    }
+    values = list(gaps.values())
+    low, high = mean_interval(values) if len(values) > 1 else (None, None)
     sums: dict[int, list[float]] = {}
     for row in rows:
         for start, (count, nats) in row.buckets.items():
@@ -219,11 +237,13 @@ def _line(rows: list[PerplexityRow], baseline: dict[tuple[Any, ...], float]) -> 
         windows=len(rows),
         tokens=tokens,
         perplexity=_exp(sum(row.nll * row.tokens for row in rows) / tokens),
-        difference=fmean(gaps) if gaps else None,
+        difference=fmean(values) if gaps else None,
         difference_low=low,
         difference_high=high,
         density=fmean(densities) if densities else None,
         buckets={start: _exp(sums[start][1] / sums[start][0]) for start in sorted(sums)},
+        nats={row.window: row.nll for row in rows},
+        gaps=gaps,
     )
 
 
@@ -254,9 +274,15 @@ class _Scorer:
     """One model on one text."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, run: PerplexityRun, method: str, stats: Stats | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        run: PerplexityRun,
+        method: str | Described,
+        stats: Stats | None,
     ) -> None:
-        self.model, self.run, self.method, self.stats = model, run, method, stats
+        self.model, self.run, self.stats = model, run, stats
+        self.method, self.settings = describe(method)
         self.name = model_label(model)
         self.ids, self.digest = _tokens(tokenizer, run)
         self.count = _windows(len(self.ids), run)
@@ -284,6 +310,7 @@ class _Scorer:
         return PerplexityRow(
             model=self.name,
             method=self.method,
+            settings=self.settings,
             text=run.text,
             digest=self.digest,
             length=run.length,

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from lowcontext.eval.identity import Described, Settings, check_method, settings_by_label
+
 # Every field of a row that decides what the measurement is.
 RowKey = tuple[str | int | float | None, ...]
 
@@ -16,6 +18,14 @@ class Row(Protocol):
     """A frozen dataclass of JSON values with a key."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def method(self) -> str:
+        """Label of what the model ran under."""
+
+    @property
+    def settings(self) -> Settings | None:
+        """All its settings: in one file a label has one set of them."""
 
     @property
     def key(self) -> RowKey:
@@ -47,7 +57,9 @@ class NeedleRow:
 
     Attributes:
         model: Folder that the model was loaded from, its dtype and a digest of its weights.
-        method: The caller's label for the model as it ran.
+        method: Label of what the model ran under.
+        settings: All settings of it, by name, those at their defaults too; {} where the caller
+            gave a label alone, None in rows of a version that wrote none.
         task: Kind of needle, as ``NeedleTask.name``.
         haystack: Name of the haystack, or path and digest of its file.
         length: Asked length in tokens, answer room included.
@@ -70,6 +82,7 @@ class NeedleRow:
 
     model: str
     method: str
+    settings: Settings | None
     task: str
     haystack: str
     length: int
@@ -101,7 +114,9 @@ class RulerRow:
 
     Attributes:
         model: Folder that the model was loaded from, its dtype and a digest of its weights.
-        method: The caller's label for the model as it ran.
+        method: Label of what the model ran under.
+        settings: All settings of it, by name, those at their defaults too; {} where the caller
+            gave a label alone, None in rows of a version that wrote none.
         task: Name of the task.
         source: Where the text around the task comes from: a haystack, or a file of questions; of a
             file its path and digest.
@@ -123,6 +138,7 @@ class RulerRow:
 
     model: str
     method: str
+    settings: Settings | None
     task: str
     source: str
     length: int
@@ -156,7 +172,8 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
         The rows in order; an unfinished last line (a run that was killed) is left out.
 
     Raises:
-        ValueError: If another line is not a row.
+        ValueError: If another line is not a row, or if rows share a method's label and not its
+            settings.
     """
     return read_any(paths, NeedleRow)
 
@@ -169,7 +186,9 @@ def read_ruler_rows(paths: str | Path | Iterable[str | Path]) -> list[RulerRow]:
 def read_any(paths: str | Path | Iterable[str | Path], kind: type[RowT]) -> list[RowT]:
     """Reads rows of a kind from one or several JSONL files, as ``read_rows`` does."""
     many = [paths] if isinstance(paths, str | Path) else list(paths)
-    return [row for path in many for row in _parse(Path(path), kind)[0]]
+    rows = [row for path in many for row in _parse(Path(path), kind)[0]]
+    settings_by_label(rows, ", ".join(map(str, many)))
+    return rows
 
 
 class RowFile(Generic[RowT]):
@@ -178,15 +197,17 @@ class RowFile(Generic[RowT]):
     Args:
         path: The file; made, with its folders, if missing. An unfinished last line is cut off.
         kind: The class of its rows.
+        methods: What is about to run.
 
     Attributes:
         rows: The rows it held when it was opened, by key.
 
     Raises:
-        ValueError: If the file cannot be written, or holds anything but rows.
+        ValueError: If the file cannot be written, holds anything but rows, or has rows under the
+            label of a method that were made with other settings, or with settings unknown.
     """
 
-    def __init__(self, path: str | Path, kind: type[RowT]) -> None:
+    def __init__(self, path: str | Path, kind: type[RowT], *methods: str | Described) -> None:
         self.path = Path(path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -197,6 +218,9 @@ class RowFile(Generic[RowT]):
             raise ValueError(
                 f"out: expected a writable file, got {str(path)!r} ({error}); choose another folder"
             ) from error
+        known = settings_by_label(rows, str(path))
+        for method in methods:
+            check_method(method, known, str(path))
         self.rows: dict[RowKey, RowT] = {row.key: row for row in rows}
 
     def append(self, row: RowT) -> None:
@@ -249,6 +273,8 @@ def _parse(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
 
 def _row(content: object, kind: type[RowT]) -> RowT:
     names = {field.name for field in fields(kind)}
+    if isinstance(content, dict):
+        content = {"settings": None, **content}  # versions before this field wrote none
     if not isinstance(content, dict) or set(content) != names:
         found = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"expected the fields {sorted(names)}, got {found}")

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model, model_label
+from lowcontext._fingerprint import model_label
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
 from lowcontext.eval.haystack import HAYSTACKS, haystack_label
+from lowcontext.eval.identity import Described, describe
 from lowcontext.eval.needle import NeedleSample, NeedleTask, check_length, make_sample
 from lowcontext.eval.records import NeedleRow, RowFile, RowKey, recorded
 from lowcontext.eval.scoring import contains_all, exact_match
@@ -79,7 +81,7 @@ def run_needle(
     tokenizer: Any,
     grid: NeedleGrid,
     *,
-    method: str = "dense",
+    method: str | Described = "dense",
     out: str | Path | None = None,
     stats: Stats | None = None,
     progress: Progress | None = None,
@@ -94,7 +96,8 @@ def run_needle(
         model: A Hugging Face causal LM, patched or not.
         tokenizer: Its tokenizer.
         grid: The prompts.
-        method: Label of the rows.
+        method: What the model was patched with, a Method or anything with a label and settings; a
+            text is a label that stands for itself.
         out: JSONL file to append to. Rows already in it are not run again.
         stats: Called after every sample (and after the warm-up); its ``"density"`` and
             anything else it returns is kept with the row.
@@ -106,13 +109,14 @@ def run_needle(
 
     Raises:
         ValueError: If a length exceeds the model's positions or has no room for a prompt, if the
-            tokenizer has no end-of-sequence token, or if ``out`` cannot be written.
+            tokenizer has no end-of-sequence token, or if ``out`` cannot be written or has
+            rows of that label with other settings.
     """
     check_model(model, tokenizer, max(grid.lengths))
     for length in grid.lengths:
         check_length(tokenizer, grid.kind, length=length, depth=grid.depths[0], seed=grid.seed)
     runner = _Runner(model, tokenizer, grid, method, stats)
-    book = RowFile(out, NeedleRow) if out is not None else None
+    book = RowFile(out, NeedleRow, method) if out is not None else None
     return _report(
         recorded(grid.cells(), runner.key, runner.run, book), len(grid.cells()), progress
     )
@@ -131,9 +135,15 @@ class _Runner:
     """One model on one grid."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, grid: NeedleGrid, method: str, stats: Stats | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        grid: NeedleGrid,
+        method: str | Described,
+        stats: Stats | None,
     ) -> None:
-        self.tokenizer, self.grid, self.method = tokenizer, grid, method
+        self.tokenizer, self.grid = tokenizer, grid
+        self.method, self.settings = describe(method)
         self.name, self.haystack = model_label(model), haystack_label(grid.haystack)
         self.answerer = Answerer(model, tokenizer, grid.chunk, stats)
 
@@ -153,6 +163,7 @@ class _Runner:
         return NeedleRow(
             model=self.name,
             method=self.method,
+            settings=self.settings,
             task=grid.task,
             haystack=self.haystack,
             length=length,

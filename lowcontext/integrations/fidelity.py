@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowcontext._fingerprint import model_label
 from lowcontext.index import BlockIndex
 from lowcontext.integrations._probe import probe
 from lowcontext.integrations.inspection import FAINT, INK, grid_figure, plain_axis
@@ -21,13 +23,18 @@ from lowcontext.ops import attention, sparse_attention
 _COLOURS = {"mass": ("softmax mass read", "viridis"), "error": ("error of the output", "magma_r")}
 _HEADS_WITH_FIGURES = 8
 
+RunKey = tuple[str, str, int, str]  # model, prompt, steps, method
+
 
 @dataclass(frozen=True)
-class HeadFidelity:
+class FidelityRow:
     """One query head under one method.
 
     Args:
-        method: the method, as text.
+        model: folder that the model was loaded from, its dtype and a digest of its weights.
+        prompt: first digits of the SHA-256 of the prompt's tokens.
+        method: the method, as text; settings: all its hyper-parameters, defaults too.
+        steps: last tokens that decode was asked for.
         phase: "prefill" or "decode".
         layer: index of the layer; head: of the query head.
         length: tokens of the prompt; queries: how many of them were measured.
@@ -37,7 +44,11 @@ class HeadFidelity:
         density: share of the causal pairs that the method reads, over all heads of the layer.
     """
 
+    model: str
+    prompt: str
     method: str
+    settings: dict[str, Any] | None
+    steps: int
     phase: str
     layer: int
     head: int
@@ -48,10 +59,26 @@ class HeadFidelity:
     error: float
     density: float
 
+    @property
+    def run(self) -> RunKey:
+        """What names the measurement of a method, of which this is one head."""
+        return self.model, self.prompt, self.steps, self.method
+
+    @property
+    def key(self) -> tuple[str | int, ...]:
+        """What names the row."""
+        return *self.run, self.phase, self.layer, self.head
+
+
+def run_key(model: nn.Module, ids: Tensor, method: Method, steps: int) -> RunKey:
+    """What rows of `measure_fidelity` with these arguments have as `run`."""
+    numbers = ids.to("cpu", torch.int64).contiguous().numpy().tobytes()
+    return model_label(model), hashlib.sha256(numbers).hexdigest()[:12], steps, str(method)
+
 
 def measure_fidelity(
     model: nn.Module, ids: Tensor, method: Method, *, steps: int = 0
-) -> list[HeadFidelity]:
+) -> list[FidelityRow]:
     """Compares a method with dense attention at every full-attention layer and head.
 
     Every layer gets the queries, keys and values of the dense model, so errors do not add up over
@@ -73,18 +100,19 @@ def measure_fidelity(
     N = ids.shape[1]
     if not 0 <= steps < N:
         raise ValueError(f"steps: expected 0 to {N - 1} (the prompt less 1), got {steps}")
-    found: list[HeadFidelity] = []
+    found: list[FidelityRow] = []
     shared: list[dict[str, Any]] = [{} for _ in range(steps + 1)]
+    run = run_key(model, ids, method, steps)
 
     def look(q: Tensor, k: Tensor, v: Tensor, at: LayerContext, window: int) -> None:
         if window:
             return
-        whole = _Sums(method, "prefill", at, N)
+        whole = _Sums(method, run, "prefill", at, N)
         at.shared = shared[-1]
         whole.add(q, k, v)
         found.extend(whole.rows())
         if steps:
-            one = _Sums(method, "decode", at, N)
+            one = _Sums(method, run, "decode", at, N)
             at.memory = {}
             for step, end in enumerate(range(N - steps + 1, N + 1)):
                 at.shared = shared[step]
@@ -98,8 +126,11 @@ def measure_fidelity(
 class _Sums:
     """Sums over the queries of one layer, per head."""
 
-    def __init__(self, method: Method, phase: str, at: LayerContext, length: int) -> None:
-        self.method, self.phase, self.at, self.length = method, phase, at, length
+    def __init__(
+        self, method: Method, run: RunKey, phase: str, at: LayerContext, length: int
+    ) -> None:
+        self.method, self.run, self.phase = method, run, phase
+        self.at, self.length = at, length
         self.masses: list[Tensor] = []
         self.gap = self.norm = torch.zeros((), dtype=torch.float64)  # grow to [Hq]
         self.read, self.pairs = 0.0, 0
@@ -140,14 +171,19 @@ class _Sums:
         self.pairs += pairs
         self.read += pairs * (1.0 if index is None else index.density(rows, end))
 
-    def rows(self) -> list[HeadFidelity]:
+    def rows(self) -> list[FidelityRow]:
         """The figures of every head."""
         mass = torch.cat(self.masses, dim=1)  # [Hq, queries]
         # A head whose values are all zero has no error, and no norm either.
         error = torch.where(self.gap == 0, 0.0, self.gap / self.norm).sqrt()
+        model, prompt, steps, label = self.run
         return [
-            HeadFidelity(
-                method=str(self.method),
+            FidelityRow(
+                model=model,
+                prompt=prompt,
+                method=label,
+                settings=self.method.settings,
+                steps=steps,
                 phase=self.phase,
                 layer=self.at.layer_idx,
                 head=head,
@@ -162,12 +198,12 @@ class _Sums:
         ]
 
 
-def write_rows(found: Sequence[HeadFidelity], path: str | Path) -> Path:
+def write_rows(found: Sequence[FidelityRow], path: str | Path) -> Path:
     """Writes one JSON line per row.
 
     Args:
         found: from `measure_fidelity`.
-        path: the file; replaced if it exists.
+        path: the file; replaced in one step if it exists, so a run that dies leaves the old one.
 
     Returns:
         The path.
@@ -175,11 +211,12 @@ def write_rows(found: Sequence[HeadFidelity], path: str | Path) -> Path:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(asdict(row)) + "\n" for row in found)
-    target.write_text(text, encoding="utf-8")
-    return target
+    new = target.with_name(f"{target.name}.new")
+    new.write_text(text, encoding="utf-8")
+    return new.replace(target)
 
 
-def plot_fidelity(found: Sequence[HeadFidelity], path: str | Path) -> Path:
+def plot_fidelity(found: Sequence[FidelityRow], path: str | Path) -> Path:
     """Draws, per method, maps of layers and heads: mass read and error of the output, by phase.
 
     Errors from 1 on, as large as the output itself, have one colour. With few heads the cells hold

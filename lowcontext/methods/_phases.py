@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -45,6 +45,15 @@ class Phases(Method):
         method = self.decode_method if decoding else self.prefill_method
         phase = "decode" if decoding else "prefill"
         yield from method.parts(q, k, self._context(phase, layer))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of both methods."""
+        return {
+            "name": self.name,
+            "prefill": self.prefill_method.settings,
+            "decode": self.decode_method.settings,
+        }
 
     @staticmethod
     def _context(phase: str, layer: LayerContext) -> LayerContext:

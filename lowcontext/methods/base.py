@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
@@ -241,6 +242,17 @@ class Method(ABC):
         ]
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
-    def _shown(self, name: str) -> str:
-        """A field in `str(method)`, which tells apart methods that select differently."""
-        return str(getattr(self, name))
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The name and every hyper-parameter, those at their defaults too, as JSON values.
+
+        `str(method)` is short: it names what differs from the defaults of this version. What
+        outlives a version, such as a row of measurements, needs all of them.
+        """
+        values = {f.name: self._shown(f.name) for f in fields(self)}
+        found: dict[str, Any] = json.loads(json.dumps(values, default=str))
+        return {"name": self.name, **found}
+
+    def _shown(self, name: str) -> Any:
+        """A field in `str(method)` and in `settings`, which tell apart what selects differently."""
+        return getattr(self, name)

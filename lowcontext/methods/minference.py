@@ -129,8 +129,8 @@ class MInference(Method):
     def _place(self) -> str:
         return str(self.patterns) if isinstance(self.patterns, (str, Path)) else "the given list"
 
-    def _shown(self, name: str) -> str:
-        if name != "patterns":
+    def _shown(self, name: str) -> Any:
+        if name != "patterns" or self.patterns is None:
             return super()._shown(name)
         table = self._table  # type: ignore[attr-defined]
         place = f"<{len(table)} layers of {len(table[0])} heads>"

@@ -9,6 +9,7 @@ from lowcontext.eval.records import NeedleRow, RulerRow
 RULER = RulerRow(
     model="m",
     method="dense",
+    settings={},
     task="vt",
     source="noise",
     length=4096,
@@ -29,6 +30,7 @@ RULER = RulerRow(
 NEEDLE = NeedleRow(
     model="m",
     method="quest<&>",
+    settings={},
     task="single",
     haystack="words",
     length=1024,

@@ -137,7 +137,7 @@ def test_another_text_in_the_same_file_is_another_measurement(
 
 
 ROW = PerplexityRow(
-    "m", "dense", "t", "d", 100, 100, 0, None, 0, 10, 2.0, {"0": [10, 20.0]}, 1, 1.0, {}
+    "m", "dense", {}, "t", "d", 100, 100, 0, None, 0, 10, 2.0, {"0": [10, 20.0]}, 1, 1.0, {}
 )
 
 
@@ -152,6 +152,23 @@ def test_the_summary_pairs_windows_with_those_of_dense() -> None:
     low, high = mean_interval([0.1, 0.11, 0.12])
     assert lines["hip"].difference_low == pytest.approx(low)
     assert lines["hip"].difference_high == pytest.approx(high)
+    assert lines["hip"].gaps == pytest.approx({0: 0.1, 1: 0.11, 2: 0.12})
+    assert (lines["hip"].nats[9], lines["dense"].gaps) == (50.0, {})
+
+
+def test_the_summary_keeps_texts_and_models_apart() -> None:
+    one = [ROW, replace(ROW, method="hip", nll=2.5)]
+    other = [replace(row, text="u", nll=row.nll + row.nll) for row in one]
+    third = [replace(row, model="n", nll=1.0) for row in one]
+    lines = summarize_perplexity([*one, *other, *third])
+    assert [(line.method, line.windows, line.gaps) for line in lines] == [
+        ("dense", 1, {}),
+        ("hip", 1, {0: 0.5}),
+        ("dense", 1, {}),
+        ("hip", 1, {0: 1.0}),
+        ("dense", 1, {}),
+        ("hip", 1, {0: 0.0}),
+    ]
 
 
 def test_a_t_interval_is_right_at_the_end_of_the_table_and_beyond() -> None:

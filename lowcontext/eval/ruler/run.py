@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model, model_label
+from lowcontext._fingerprint import model_label
+from lowcontext.eval.generation import Answerer, Stats, check_counts, check_model
+from lowcontext.eval.identity import Described, describe
 from lowcontext.eval.records import RowFile, RowKey, RulerRow, recorded
 from lowcontext.eval.ruler.tasks import (
     TASKS,
@@ -68,7 +70,7 @@ def run_ruler(
     tokenizer: Any,
     run: RulerRun,
     *,
-    method: str = "dense",
+    method: str | Described = "dense",
     out: str | Path | None = None,
     stats: Stats | None = None,
 ) -> Iterator[RulerRow]:
@@ -78,7 +80,8 @@ def run_ruler(
         model: A Hugging Face causal LM, patched or not.
         tokenizer: Its tokenizer.
         run: The prompts.
-        method: Label of the rows.
+        method: What the model was patched with, a Method or anything with a label and settings; a
+            text is a label that stands for itself.
         out: JSONL file to append to. Rows already in it are not run again.
         stats: Called after every sample (and after the warm-up); its ``"density"`` and
             anything else it returns is kept with the row.
@@ -89,13 +92,14 @@ def run_ruler(
 
     Raises:
         ValueError: If a length exceeds the model's positions or has no room for the first sample of
-            a task, if the tokenizer has no end-of-sequence token, or if ``out`` cannot be written.
+            a task, if the tokenizer has no end-of-sequence token, or if ``out`` cannot be written
+            or has rows of that label with other settings.
     """
     check_model(model, tokenizer, max(run.lengths))
     for length, task in dict.fromkeys((length, task) for length, task, _ in run.cells()):
         check_length(tokenizer, task, length=length, seed=run.seed, sources=run.sources)
     runner = _Runner(model, tokenizer, run, method, stats)
-    book = RowFile(out, RulerRow) if out is not None else None
+    book = RowFile(out, RulerRow, method) if out is not None else None
     return recorded(run.cells(), runner.key, runner.run_cell, book)
 
 
@@ -103,9 +107,15 @@ class _Runner:
     """One model on one suite."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, run: RulerRun, method: str, stats: Stats | None
+        self,
+        model: Any,
+        tokenizer: Any,
+        run: RulerRun,
+        method: str | Described,
+        stats: Stats | None,
     ) -> None:
-        self.tokenizer, self.run, self.method = tokenizer, run, method
+        self.tokenizer, self.run = tokenizer, run
+        self.method, self.settings = describe(method)
         self.name = model_label(model)
         tasks = dict.fromkeys(task for _, task, _ in run.cells())
         self.labels = {task: source_label(task, run.sources) for task in tasks}
@@ -124,6 +134,7 @@ class _Runner:
         return RulerRow(
             model=self.name,
             method=self.method,
+            settings=self.settings,
             task=task,
             source=self.labels[task],
             length=length,
