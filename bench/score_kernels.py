@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
-from lowcontext.ops.triton import blocks, lines, mass, scores, searches, select, window
+from lowcontext.ops.triton import blocks, lines, mass, rotary, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
 
 # An odd number of keys, of a cache that holds one more: what a decode step knows of strides.
@@ -222,8 +222,53 @@ class SearchConfig:
         return [*first, *searches.plan_stage(search, stages, 1, (counts, starts))[0]]
 
 
+@dataclass(frozen=True)
+class RotaryConfig:
+    """An op of `ops.rotary` on tensors without memory: 8 KV heads, 64K - 1 keys.
+
+    Args:
+        op: "rotate" (of all keys, to one position), "gather" (2688 keys a head) or "list" (of as
+            many).
+        dtype, D: of the keys.
+        pairs: of channels that are rotated.
+        interleaved: whether a pair is two neighbouring channels.
+    """
+
+    op: str
+    dtype: str = "bfloat16"
+    D: int = 128
+    pairs: int = 64
+    interleaved: bool = False
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        label = f"rotary {self.op} {self.dtype} D={self.D} P={self.pairs}"
+        return f"{label} interleaved" if self.interleaved else label
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launches of this op; they are the same for every capability."""
+        dtype, size = getattr(torch, self.dtype), 2688
+        k, f = _keys(self.D, dtype), _empty(self.pairs)
+        count = _empty(1, dtype=torch.int32)
+        if self.op == "rotate":
+            steps = [0, 1, 0, 0]
+            return rotary.plan_rotate_to(k, (None, None), steps, f, self.interleaved, dtype)[0]
+        lists = _empty(1, _HKV, size, dtype=torch.int32)
+        if self.op == "list":
+            return rotary.plan_list_keys(lists, count, count, [0, _N], size, 1, 128)[0]
+        return rotary.plan_gather_moved(k, k, lists, count, f, self.interleaved)[0]
+
+
 AnyScoreConfig = (
-    SearchConfig | ScoreConfig | WindowConfig | BlockConfig | TopkConfig | MassConfig | LinesConfig
+    SearchConfig
+    | ScoreConfig
+    | WindowConfig
+    | BlockConfig
+    | TopkConfig
+    | MassConfig
+    | LinesConfig
+    | RotaryConfig
 )
 
 REPRESENTATIVE = (
@@ -252,6 +297,9 @@ REPRESENTATIVE = (
     SearchConfig("tree"),
     SearchConfig("tree", D=64),
     SearchConfig("stages", "float32"),
+    RotaryConfig("rotate", "float32"),
+    RotaryConfig("gather"),
+    RotaryConfig("list"),
 )
 
 
@@ -288,6 +336,11 @@ def everything() -> Iterator[AnyScoreConfig]:
         for N in (32, 1024, 4096, mass.ROW, 2**20):
             yield MassConfig(N, forced=limits)
         yield LinesConfig(dense_from=limits)
+    for dtype in ("bfloat16", "float16", "float32"):
+        for D, pairs in ((64, 32), (80, 40), (128, 16), (128, 64), (256, 128)):
+            for interleaved in (False, True):
+                yield RotaryConfig("rotate", dtype, D, pairs, interleaved)
+                yield RotaryConfig("gather", dtype, D, pairs, interleaved)
 
 
 def _keys(D: int, dtype: torch.dtype) -> Tensor:

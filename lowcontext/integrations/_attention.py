@@ -183,8 +183,7 @@ class _Call:
             elif isinstance(index, Moved):
                 part = attention(  # type: ignore[assignment]
                     q_part,
-                    index.gather_keys(k_part),
-                    index.gather(v_part),
+                    *index.gather(k_part, v_part),
                     scale=self.scale,
                     softcap=self.softcap,
                     kv_start=index.first,

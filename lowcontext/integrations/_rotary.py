@@ -73,8 +73,7 @@ def rotary_source(model: PreTrainedModel, attention: nn.Module) -> RotarySource:
         if expected is None or 2 * frequencies.shape[0] > size:
             break
         vector, position, result, scaling = expected
-        old = torch.zeros((), device=vector.device)
-        ours = rotate_to(vector, old, position, frequencies, interleaved=interleaved)
+        ours = rotate_to(vector, 0, position, frequencies, interleaved=interleaved)
         ours[..., : 2 * frequencies.shape[0]] *= scaling
         if torch.allclose(ours, result, atol=1e-4):
             return RotarySource(embedding, buffer, interleaved)

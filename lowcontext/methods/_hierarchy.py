@@ -174,7 +174,7 @@ class HierarchicalMethod(Method):
                 yield *rows, None
                 continue
             front = geometry.sinks + geometry.picks
-            recent = high * self.block_k, seen
+            recent = range(high * self.block_k, seen)
             yield *rows, streamed(index, block, front, recent, rotary)
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:

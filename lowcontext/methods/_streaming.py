@@ -15,6 +15,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._select import grown
 from lowcontext.methods.base import Moved, Rotary
+from lowcontext.ops.rotary import list_keys
 
 
 def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -> Tensor:
@@ -34,9 +35,8 @@ def search_keys(memory: dict[str, Any], k: Tensor, rotary: Rotary, chunk: int) -
     """
 
     def make(first: int, end: int) -> tuple[Tensor]:
-        old = torch.arange(first, end, device=k.device)
-        new = old // chunk if chunk else torch.zeros_like(old)
-        return (rotary.move(k[:, :, first:end], old, new),)
+        new = torch.arange(first, end, device=k.device) // chunk if chunk else 0
+        return (rotary.move(k[:, :, first:end], range(first, end), new),)
 
     return grown(memory, "search_keys", k.shape[2], make)[0]
 
@@ -47,37 +47,33 @@ def search_queries(q: Tensor, Lk: int, rotary: Rotary, chunk: int, window: int) 
     With all keys at 0 that is `window + 1`, the distance at which candidates begin; with keys at
     the index of their chunk it is as far behind the last of them, and never behind the query.
     """
-    position = torch.arange(Lk - q.shape[2], Lk, device=q.device)
-    if chunk:
-        new = torch.minimum(position, position // chunk + window)
-    else:
-        new = torch.full_like(position, window + 1)
-    return rotary.move(q, position, new)
+    old = range(Lk - q.shape[2], Lk)
+    if not chunk:
+        return rotary.move(q, old, window + 1)
+    position = torch.arange(old.start, old.stop, device=q.device)
+    return rotary.move(q, old, torch.minimum(position, position // chunk + window))
 
 
-def streamed(
-    index: BlockIndex, block: int, front: int, recent: tuple[int, int], r: Rotary
-) -> Moved:
+def streamed(index: BlockIndex, block: int, front: int, recent: range, r: Rotary) -> Moved:
     """The list of one block of queries, its found tiles moved up to the window.
 
     Args:
         index: one list for all heads: tiles before the window, then those of the window.
         block: block of the index.
         front: most tiles before the window.
-        recent: first key of the window's first tile, and the number of keys that the block sees.
+        recent: keys from the window's first tile to the last that the block sees.
         r: how the model rotates.
 
     Returns:
         Moved list that ends at the block's last query.
     """
-    width, (start, end) = index.block_k, recent
-    counts = index.kv_num_blocks[:, 0, block] - ((end - 1) // width - start // width + 1)  # [B]
-    first = (front - counts) * width
-    entry = torch.arange(front * width, device=counts.device) - first[:, None]  # [B, front * width]
-    tiles = index.kv_starts[:, 0, block, :front].long()
-    found = tiles.gather(1, (entry // width).clamp(min=0)) + entry % width
-    own = torch.arange(start, end, device=counts.device).expand(len(counts), -1)
-    keys = torch.cat([found, own], dim=1)[:, None].to(torch.int32)
-    length = keys.shape[2]
-    positions = torch.arange(end - length, end, dtype=torch.int32, device=counts.device)
-    return Moved(keys, positions.expand(len(counts), 1, length), first.to(torch.int32), r)
+    width = index.block_k
+    keys, first = list_keys(
+        index.kv_starts[:, :1, block],
+        index.kv_num_blocks[:, 0, block],
+        recent.stop + -recent.stop % width,  # the last tile, of the window as well, is cut
+        recent.stop,
+        front * width + len(recent),
+        width=width,
+    )
+    return Moved(keys, first, r)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.ops.rotary import rotate_to
+from lowcontext.ops.rotary import Positions, gather_moved, rotate_to
 
 # At most this many new queries behind a longer cache count as decoding (speculative steps are
 # short); more are a chunk of a prompt.
@@ -37,41 +37,37 @@ class Rotary:
     inv_freq: Tensor
     interleaved: bool = False
 
-    def move(self, x: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    def move(
+        self, x: Tensor, old: Positions, new: Positions, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """x [..., L, D], rotated for the positions `old`, as rotated for `new`: see `rotate_to`."""
-        return rotate_to(x, old, new, self.inv_freq, interleaved=self.interleaved)
+        return rotate_to(x, old, new, self.inv_freq, interleaved=self.interleaved, dtype=dtype)
 
 
 @dataclass(frozen=True, eq=False)
 class Moved:
-    """One list of keys for all rows of a part, read at positions of the method's choosing.
+    """One list of keys for all rows of a part, read at consecutive positions up to the last key.
 
     Attention runs over a copy of the listed keys, rotated from where they are to where they shall
-    be, and is causal at the end of the list: its last entries are the keys of the part's queries.
+    be, and is causal at the end of the list: its last entries are the keys of the part's queries,
+    which keep their positions.
 
     Args:
         keys: int32 [B, H, M], H 1 or Hkv.
-        positions: int32 [B, 1, M], where they are read; the queries keep their positions.
         first: int32 [B], entries before it do not count.
         rotary: how the model rotates.
     """
 
     keys: Tensor
-    positions: Tensor
     first: Tensor
     rotary: Rotary
 
-    def gather(self, x: Tensor) -> Tensor:
-        """The listed entries of keys or values [B, Hkv, Lk, D], as they are: [B, Hkv, M, D]."""
-        keys = self.keys.long().expand(-1, x.shape[1], -1)
-        return x.gather(2, keys[..., None].expand(-1, -1, -1, x.shape[3]))
-
-    def gather_keys(self, k: Tensor) -> Tensor:
-        """The listed keys at their new positions: [B, Hkv, M, D]."""
-        keys = self.gather(k)
-        moved = self.rotary.move(keys, self.keys, self.positions)
-        # Rounding must not touch a key that stays.
-        return torch.where((self.keys == self.positions)[..., None], keys, moved)
+    def gather(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The listed keys at their new positions, and their values: [B, Hkv, M, D] from Lk."""
+        rotary = self.rotary
+        return gather_moved(
+            k, v, self.keys, self.first, rotary.inv_freq, interleaved=rotary.interleaved
+        )
 
     def key_mask(self, Lk: int) -> Tensor:
         """Keys in the list, before the causal mask: bool [B, H, Lk]."""

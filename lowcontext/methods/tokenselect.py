@@ -23,6 +23,7 @@ from lowcontext.methods.base import (
     Rotary,
     is_decoding,
 )
+from lowcontext.ops.rotary import Positions, list_keys
 
 TILE = 64
 # Numbers in the scores of one call (64 MiB).
@@ -239,20 +240,19 @@ class TokenSelect(Method):
             yield 0, Lq, self.decode(q, k, layer)
             return
         rotary = self._rotary(layer)
-        tokens, low = self._tokens(*self._level(q, k, layer, rotary, 0), layer)
+        tokens, low = self._tokens(*self._level(q, k, layer, rotary, self.local), layer)
         for r in range(Lq):
             behind = Lq - 1 - r
-            start = (low - behind).clamp(min=tokens.sink)
-            row = slice(r, r + 1)
-            yield r, r + 1, self._moved(tokens, row, start, Lk - behind, self._longest_tail, rotary)
+            start = low - behind if behind else low
+            yield r, r + 1, self._moved(tokens, r, start, Lk - behind, self._longest_tail, rotary)
 
     def _chunk_part(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | Moved | None:
         if self.positions == "original":
             return self.prefill(q, k, layer)
         rotary, Lk = self._rotary(layer), k.shape[2]
-        tokens = self._select_chunk(*self._level(q, k, layer, rotary, 1), layer)
-        low = torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
-        return self._moved(tokens, slice(0, 1), low, Lk, Lk - tokens.low, rotary)
+        at = range(self.local, self.local + q.shape[2])
+        tokens = self._select_chunk(*self._level(q, k, layer, rotary, at), layer)
+        return self._moved(tokens, 0, tokens.low, Lk, Lk - tokens.low, rotary)
 
     def _rotary(self, layer: LayerContext) -> Rotary:
         if layer.rotary is None:
@@ -263,7 +263,7 @@ class TokenSelect(Method):
         return layer.rotary
 
     def _level(
-        self, q: Tensor, k: Tensor, layer: LayerContext, rotary: Rotary, apart: int
+        self, q: Tensor, k: Tensor, layer: LayerContext, rotary: Rotary, at: Positions
     ) -> tuple[Tensor, Tensor]:
         """Queries and keys as they vote: all keys at position 0 and the queries `local` behind.
 
@@ -273,11 +273,10 @@ class TokenSelect(Method):
             q, k: as the model rotated them.
             layer: keeps the keys at position 0.
             rotary: how the model rotates.
-            apart: from one query to the next.
+            at: positions of the queries.
         """
         Lq, Lk = q.shape[2], k.shape[2]
-        new = self.local + apart * torch.arange(Lq, device=k.device)
-        queries = rotary.move(q.float(), torch.arange(Lk - Lq, Lk, device=k.device), new)
+        queries = rotary.move(q, range(Lk - Lq, Lk), at, torch.float32)
         return queries, search_keys(layer.memory, k, rotary, 0)
 
     def _index(
@@ -315,27 +314,18 @@ class TokenSelect(Method):
         )
 
     def _moved(
-        self, tokens: Tokens, row: slice, low: Tensor, Lk: int, span: int, rotary: Rotary
+        self, tokens: Tokens, row: int, low: Tensor | int, Lk: int, span: int, rotary: Rotary
     ) -> Moved:
         """Sink, tokens and recent keys as one list that ends at the last key, without gaps.
 
         Args:
-            tokens: the tokens; row: of these queries.
-            low: int32 [B or 1], first of the recent keys.
+            tokens: the tokens; row: of this query.
+            low: int32 [B or 1], or an int: first of the recent keys.
             Lk: keys that the part sees.
             span: most recent keys.
             rotary: how the model rotates.
         """
-        ids, counts = tokens.ids[:, :, row].squeeze(2), tokens.counts[:, 0, row]  # [B, 1]
-        B, H, k = ids.shape
-        sink, width = tokens.sink, tokens.sink + k + span
-        front, low = sink + counts, low[:, None]
-        first = width - (front + Lk - low)  # [B, 1]
-        entry = torch.arange(width, dtype=torch.int32, device=ids.device)
-        slot = entry - first  # [B, width]
-        chosen = ids.gather(2, (slot - sink).clamp(0, k - 1).long()[:, None].expand(B, H, -1))
-        recent = (low + slot - front).clamp(max=Lk - 1)
-        keys = torch.where((slot < front)[:, None], chosen, recent[:, None])
-        keys = torch.where((slot < sink)[:, None], slot.clamp(min=0)[:, None], keys)
-        positions = (entry + (Lk - width)).expand(B, 1, width)
-        return Moved(keys, positions, first[:, 0].to(torch.int32), rotary)
+        ids, sink = tokens.ids[:, :, row], tokens.sink
+        size = sink + ids.shape[2] + span
+        keys, first = list_keys(ids, tokens.counts[:, 0, row], low, Lk, size, sink=sink)
+        return Moved(keys, first, rotary)

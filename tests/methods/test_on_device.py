@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 import lowcontext
 from lowcontext import LayerContext, Method, attention, sparse_attention
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops import _dispatch, block_scores, hierarchy, vertical_slash, votes
+from lowcontext.ops import _dispatch, block_scores, hierarchy, rotary, vertical_slash, votes
 from lowcontext.ops import triton as backend
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
@@ -79,7 +79,7 @@ class Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-FAMILIES = (votes, block_scores, vertical_slash, hierarchy)
+FAMILIES = (votes, block_scores, vertical_slash, hierarchy, rotary)
 
 
 @pytest.fixture
@@ -123,8 +123,7 @@ def attend(method: Method, q: Tensor, k: Tensor, v: Tensor, layer: LayerContext)
         if index is None:
             attention(*args)
         elif isinstance(index, Moved):
-            moved = args[0], index.gather_keys(args[1]), index.gather(args[2])
-            attention(*moved, kv_start=index.first)
+            attention(args[0], *index.gather(*args[1:]), kv_start=index.first)
         else:
             sparse_attention(*args, index)
 
@@ -170,11 +169,11 @@ def test_prefill_and_decode_neither_wait_for_the_device_nor_copy_to_it(
     N, D = 9000, 64
     q = torch.empty(2, 8, N, D, dtype=torch.bfloat16, device="meta")
     k = torch.empty(2, 2, N + 4, D, dtype=torch.bfloat16, device="meta")
-    rotary = Rotary(torch.empty(D // 2, device="meta"))
+    rotation = Rotary(torch.empty(D // 2, device="meta"))
     shared: dict[str, Any] = {}
-    layers = [LayerContext(n, 4, D**-0.5, shared=shared, rotary=rotary) for n in range(4)]
+    layers = [LayerContext(n, 4, D**-0.5, shared=shared, rotary=rotation) for n in range(4)]
     if options.get("patterns") is not None:
-        layers = [LayerContext(0, 1, D**-0.5, rotary=rotary)]
+        layers = [LayerContext(0, 1, D**-0.5, rotary=rotation)]
     with Device(), Lists(), torch.inference_mode():
         # A prompt in two calls, single steps, and a speculative one of three tokens.
         for first, end in ((0, 5000), (5000, N), (N, N + 1), (N + 1, N + 2), (N + 2, N + 4)):

@@ -45,10 +45,9 @@ def context(layer: int = 9) -> LayerContext:
     return LayerContext(layer_idx=layer, rotary=ROTARY)
 
 
-def rows(moved: Moved, b: int) -> tuple[list[int], list[int]]:
-    """Keys and positions of a list, without the entries that do not count."""
-    start = int(moved.first[b])
-    return moved.keys[b, 0, start:].tolist(), moved.positions[b, 0, start:].tolist()
+def rows(moved: Moved, b: int) -> list[int]:
+    """Keys of a list, without the entries that do not count."""
+    return moved.keys[b, 0, int(moved.first[b]) :].tolist()
 
 
 @pytest.mark.parametrize(("row0", "L"), [(0, 700), (300, 700), (699, 700), (696, 701)])
@@ -75,7 +74,7 @@ def test_lists_are_those_of_a_search_at_its_own_positions(
             continue
         if decoding and r0:
             continue  # later rows may keep the list of the first
-        keys, _ = rows(part, 0)
+        keys = rows(part, 0)
         expected = mask[r1 - 1].nonzero().flatten().tolist()
         # Rotating there and back rounds, so a near tie may fall the other way.
         same += len(set(keys) & set(expected))
@@ -100,26 +99,19 @@ def test_attention_is_that_of_keys_rotated_to_consecutive_positions(
         if part is None:
             continue
         for b in range(B):
-            keys, positions = rows(part, b)
-            # The window keeps its positions, what is before it has none in between.
-            assert positions == list(range(end - len(keys), end))
+            keys = rows(part, b)
             assert keys == sorted(set(keys))
             first = row0 + r0 - (0 if L - row0 <= 32 else (row0 + r0) % 32)
             window = range(max(0, first - 39), end)
             assert keys[-len(window) :] == list(window)
-            assert positions[-len(window) :] == list(window)
             assert keys[:10] == list(range(10))
-            chosen = torch.tensor(keys)
-            moved = at(raw_k[b : b + 1, :, chosen], torch.tensor(positions))
+            chosen, positions = torch.tensor(keys), torch.arange(end - len(keys), end)
+            moved = at(raw_k[b : b + 1, :, chosen], positions)
             want = attention(q[b : b + 1, :, r0:r1], moved, v[b : b + 1, :, chosen])
-            got = attention(
-                q[b : b + 1, :, r0:r1],
-                part.gather_keys(k[:, :, :end])[b : b + 1],
-                part.gather(v[:, :, :end])[b : b + 1],
-                kv_start=part.first[b : b + 1],
-            )
+            copies = (x[b : b + 1] for x in part.gather(k[:, :, :end], v[:, :, :end]))
+            got = attention(q[b : b + 1, :, r0:r1], *copies, kv_start=part.first[b : b + 1])
             torch.testing.assert_close(got, want, atol=2e-5, rtol=1e-4)
-            assert max(positions) - min(positions) < 16 + 64 + 40 + 8 + 32
+            assert len(keys) <= 16 + 64 + 40 + 8 + 32
     assert covered == list(range(L - row0))
 
 
@@ -141,14 +133,13 @@ def test_a_kept_list_loses_no_key_and_dropped_memory_changes_nothing(name: str) 
     for n in range(500, 540):
         args = q[:, :, n - 1 : n], k[:, :, :n]
         ((_, _, part),) = method.parts(*args, kept)
-        keys, positions = rows(part, 0)
+        keys = rows(part, 0)
         made = n - (n - 500) % 4
         frozen = (made - 40) // 8 * 8  # where the window began when stage 0 ran
         assert keys[-(n - frozen) :] == list(range(frozen, n))
-        assert positions[-1] == n - 1
         if made == n:
             ((_, _, fresh),) = method.parts(*args, context())
-            assert rows(fresh, 0) == (keys, positions)
+            assert rows(fresh, 0) == keys
 
 
 @BOTH

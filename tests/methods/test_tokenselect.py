@@ -409,8 +409,7 @@ def test_compact_equals_attention_over_the_list_at_adjacent_positions(
         assert torch.equal(moved.key_mask(end), mask[:, :, b - 1, :end])
         out = attention(
             rotated_q[:, :, a:b],
-            moved.gather_keys(rotated_k[:, :, :end]),
-            moved.gather(v[:, :, :end]),
+            *moved.gather(rotated_k[:, :, :end], v[:, :, :end]),
             scale=0.25,
             kv_start=moved.first,
         )

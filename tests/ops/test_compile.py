@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext import BlockIndex, attention, sparse_attention
-from lowcontext.ops import block_scores, hierarchy, vertical_slash, votes
+from lowcontext.ops import block_scores, hierarchy, rotary, vertical_slash, votes
 
 
 def test_ops_compile_into_one_graph() -> None:
@@ -53,7 +53,16 @@ def pooled(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
     return block_scores.pooled_scores(q, k, block=16), antidiagonal
 
 
-@pytest.mark.parametrize("op", [votes_of, lines_of, searched, pooled])
+def moved(q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+    f, Lk = 1e4 ** -(torch.arange(8) / 8), k.shape[2]
+    turned = rotary.rotate_to(q, range(Lk), 5, f, dtype=torch.float32)
+    starts = torch.arange(8, 28, 4, dtype=torch.int32).expand(1, 2, 5)
+    counts = torch.full((1,), 4, dtype=torch.int32)
+    keys, first = rotary.list_keys(starts, counts, Lk - 50, Lk, 80, width=4, sink=8)
+    return turned, *rotary.gather_moved(k, k, keys, first, f)
+
+
+@pytest.mark.parametrize("op", [votes_of, lines_of, searched, pooled, moved])
 def test_score_and_select_ops_compile_into_one_graph(
     op: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
 ) -> None:

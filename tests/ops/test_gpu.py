@@ -18,7 +18,8 @@ from torch import Tensor
 import lowcontext
 from bench.oracle import sampled_error
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
-from lowcontext.ops import _dispatch, block_scores, hierarchy, vertical_slash, votes
+from lowcontext.methods.base import Moved, Rotary
+from lowcontext.ops import _dispatch, block_scores, hierarchy, rotary, vertical_slash, votes
 from tests.ops.hierarchy.problems import STAGES, TREE, integers
 
 pytestmark = [
@@ -218,6 +219,19 @@ def search(phase: str) -> Callable[[int, To, str], Tensors]:
     return run
 
 
+def moved_keys(n: int, to: To, backend: str) -> Tensors:
+    """Rotation of all keys, and of a list of them at its end; bf16 in, fp32 to compare."""
+    k, f = to(rand(2, 2, n, 128, dtype=BF16)), to(1e6 ** -(torch.arange(64) / 64))
+    options: dict[str, Any] = {"interleaved": n > 1000, "backend": backend}
+    turned = rotary.rotate_to(k, range(n), 0, f, dtype=torch.float32, **options)
+    starts = to(rand(2, 2, n)).topk(n // 20, dim=2).indices.sort(2).values.int()
+    counts = to(torch.tensor([n // 20, n // 30], dtype=torch.int32))
+    size = n // 20 + n // 8 + 16
+    keys, first = rotary.list_keys(starts, counts, n - n // 8, n, size, sink=16, backend=backend)
+    moved = rotary.gather_moved(k.float(), k.float(), keys, first, f, **options)
+    return turned, keys, first, *moved
+
+
 # Name: (what a test of it covers, the op on inputs that it makes and sends to a device).
 PROBLEMS: dict[str, tuple[str, Callable[[int, To, str], Tensors]]] = {
     "token scores": ("scores", token_scores),
@@ -232,6 +246,7 @@ PROBLEMS: dict[str, tuple[str, Callable[[int, To, str], Tensors]]] = {
     "antidiagonals": ("blocks", antidiagonals),
     "search, decode": ("search", search("decode")),
     "search, prefill": ("search", search("prefill")),
+    "moved keys": ("rotary", moved_keys),
 }
 EACH = [pytest.param(name, marks=pytest.mark.ops(covers)) for name, (covers, _) in PROBLEMS.items()]
 
@@ -268,6 +283,7 @@ FAMILIES = {
     vertical_slash: ("last_window_scores", "line_index"),
     block_scores: ("antidiagonal_scores", "block_means"),
     hierarchy: ("hip_tree", "hip_stage"),
+    rotary: ("rotate_to", "list_keys", "gather_moved"),
 }
 
 
@@ -290,11 +306,15 @@ DECODING: list[tuple[str, dict[str, Any]]] = [
     ("tokenselect", {"scoring": "int4"}),
     ("tokenselect", {"scoring": "pages"}),
     ("tokenselect", {"cache_threshold": 0.9}),
+    ("tokenselect", {"positions": "compact"}),
+    ("hip", {"positions": "streaming", "share": "layer"}),
 ]
 
 
 def decode(method: Any, layer: LayerContext, q: Tensor, k: Tensor) -> Tensor:
-    index = method.decode(q, k, layer)
+    ((_, _, index),) = method.parts(q, k, layer)
+    if isinstance(index, Moved):
+        return attention(q, *index.gather(k, k), kv_start=index.first)
     assert index is not None
     return sparse_attention(q, k, k, index)
 
@@ -316,8 +336,10 @@ def test_a_decode_step_waits_for_nothing_and_replays_in_a_cuda_graph(
     k = rand(1, 2, 20000, 128, dtype=BF16).to(GPU)
     q = rand(1, 8, 1, 128, seed=1, dtype=BF16).to(GPU)
 
+    rotation = Rotary((1e6 ** -(torch.arange(64) / 64)).to(GPU))
+
     def layer() -> LayerContext:
-        return LayerContext(layer_idx=5, num_layers=32, scale=128**-0.5)
+        return LayerContext(layer_idx=5, num_layers=32, scale=128**-0.5, rotary=rotation)
 
     used = layer()
     for _ in range(2):
