@@ -9,9 +9,23 @@ from typing import Any
 
 import typer
 
-from lowcontext._cli_console import errors
+from lowcontext._cli_console import console, errors
 
 OPTION = "method_"
+HELP = """\
+lowcontext lm-eval [OPTIONS OF lm-eval run]: lm-evaluation-harness on a patched model.
+
+Beside the model arguments of the harness's hf, --model_args takes:
+  method=NAME        what `lowcontext methods` lists; default: dense
+  method_KEY=VALUE   a hyper-parameter of the method
+--model is lowcontext where none is given.
+
+  lowcontext lm-eval --model_args pretrained=DIR,method=quest,method_budget=1024 --tasks ruler_fwe
+  lowcontext lm-eval --tasks ruler_fwe --model_args \\
+    '{"pretrained": "DIR", "method": "tidaldecode", "method_select_layers": [2, 13]}'
+
+All else is the harness's own:
+"""
 
 
 class MethodRefused(ValueError):
@@ -27,6 +41,8 @@ def lm_eval(context: typer.Context) -> None:
     Example: `lowcontext lm-eval --model_args pretrained=DIR,method=quest,method_budget=1024
     --tasks ruler_fwe --metadata '{"max_seq_lengths":[4096]}'`
     """
+    if {"-h", "--help"} & set(context.args):
+        console.print(HELP, markup=False, highlight=False, soft_wrap=True)
     with errors():
         if find_spec("lm_eval") is None:
             raise RuntimeError("lm-eval: expected lm_eval to be installed; pip install lm-eval")

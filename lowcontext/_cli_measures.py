@@ -29,6 +29,8 @@ from lowcontext._cli_console import (
 from lowcontext.methods import Method
 
 _WINDOWS_SHOWN = 8
+_MASSES = ("mass", "least", "error", "largest", "read")
+_FIGURES = ("tokens", "n", "ppl", "diff", "95%", "read")
 
 
 def perplexity(
@@ -94,47 +96,22 @@ def _perplexity_rows(
 
 
 def perplexity_tables(rows: Sequence[Any]) -> list[Table]:
-    """A table over all windows and, where they are few, one by window."""
+    """A table over all windows, one by position in them and, where they are few, one by window."""
     from lowcontext.eval.perplexity import summarize_perplexity
 
     lines = summarize_perplexity(rows)
     short = parse.short_names(list(dict.fromkeys(line.method for line in lines)))
-    few = all(line.windows <= _WINDOWS_SHOWN for line in lines)
-    return [_perplexity_table(lines, short), *([_window_table(lines, short)] if few else [])]
-
-
-def _window_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
-    """Nats per token in each window, in brackets; above dense where dense was run there."""
-    numbers = sorted({number for line in lines for number in line.nats})
-    table = Table(
-        Column("method", overflow="fold", min_width=13),
-        *(Column(name, justify="right") for name in ("tokens", *(f"window {n}" for n in numbers))),
-        title="Nats per token by window: above dense, (of the method itself)",
-        box=SIMPLE,
-    )
-    for line in lines:
-        cells = [
-            f"{line.gaps[n]:+.4f}"
-            if n in line.gaps
-            else f"({line.nats[n]:.4f})"
-            if n in line.nats
-            else ""
-            for n in numbers
-        ]
-        table.add_row(short[line.method], str(line.length), *cells)
-    return table
+    tables = [_perplexity_table(lines, short)]
+    if any(len(line.buckets) > 1 for line in lines):
+        tables.append(_position_table(lines, short))
+    if all(line.windows <= _WINDOWS_SHOWN for line in lines):
+        tables.append(_window_table(lines, short))
+    return tables
 
 
 def _perplexity_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
-    """A line per length and method, with a column per bucket of positions."""
-    starts = sorted({start for line in lines for start in line.buckets})
-    names = ("tokens", "n", "ppl", "diff", "95%", "read", *(f"from {start}" for start in starts))
-    table = Table(
-        Column("method", overflow="fold", min_width=13),
-        *(Column(name, justify="right", no_wrap=True) for name in names),
-        title="Perplexity; difference to dense in nats per token; perplexity by position",
-        box=SIMPLE,
-    )
+    """A line per length and method."""
+    table = _table("Perplexity; difference to dense in nats per token", *_FIGURES)
     for line in lines:
         ends = ""
         if line.difference_low is not None:
@@ -147,8 +124,35 @@ def _perplexity_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
             "" if line.difference is None else f"{line.difference:+.4f}",
             ends,
             parse.share(line.density),
-            *(f"{line.buckets[s]:.4g}" if s in line.buckets else "" for s in starts),
         )
+    return table
+
+
+def _position_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
+    """A column per bucket of positions."""
+    starts = sorted({start for line in lines for start in line.buckets})
+    table = _table("Perplexity by position", "tokens", *(f"from {start}" for start in starts))
+    for line in lines:
+        cells = [f"{line.buckets[s]:.4g}" if s in line.buckets else "" for s in starts]
+        table.add_row(short[line.method], str(line.length), *cells)
+    return table
+
+
+def _window_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
+    """Nats per token in each window, in brackets; above dense where dense was run there."""
+    numbers = sorted({number for line in lines for number in line.nats})
+    title = "Nats per token above dense by window; in brackets: in all"
+    table = _table(title, "tokens", *(f"window {n}" for n in numbers))
+    for line in lines:
+        cells = [
+            f"{line.gaps[n]:+.4f}"
+            if n in line.gaps
+            else f"({line.nats[n]:.4f})"
+            if n in line.nats
+            else ""
+            for n in numbers
+        ]
+        table.add_row(short[line.method], str(line.length), *cells)
     return table
 
 
@@ -225,26 +229,24 @@ def fidelity_tables(found: Sequence[Any], groups: dict[str, range]) -> list[Tabl
         layers.setdefault((head.method, head.phase, head.layer), []).append(head)
     tables = []
     for phase, methods in phases.items():
-        table = _mass_table(f"{phase}, all layers", "method", *(f"mass {name}" for name in groups))
+        title = f"{phase}: softmax mass read and relative error of the output, over heads"
+        table = _table(title, *(f"mass {name}" for name in groups), *_MASSES)
         for method, heads in methods.items():
             parts = [[h for h in heads if h.layer in group] for group in groups.values()]
             masses = [f"{_mean(part, 'mass'):.2%}" if part else "" for part in parts]
             table.add_row(short[method], *masses, *_mass_figures(heads))
         tables.append(table)
-    by_layer = _mass_table("by layer", "method, phase", "layer")
+    by_layer = _table("The same by layer", "layer", *_MASSES, first="method, phase")
     for (method, phase, layer), heads in layers.items():
         by_layer.add_row(f"{short[method]}, {phase}", str(layer), *_mass_figures(heads))
     return [*tables, by_layer]
 
 
-def _mass_table(what: str, first: str, *more: str) -> Table:
+def _table(title: str, *numbers: str, first: str = "method") -> Table:
     return Table(
         Column(first, overflow="fold", min_width=13),
-        *(
-            Column(name, justify="right", no_wrap=True)
-            for name in (*more, "mass", "least", "error", "largest", "read")
-        ),
-        title=f"Softmax mass read and relative error of the output, over heads: {what}",
+        *(Column(name, justify="right", no_wrap=True) for name in numbers),
+        title=title,
         box=SIMPLE,
     )
 

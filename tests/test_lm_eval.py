@@ -89,6 +89,28 @@ def test_a_method_that_is_none_gives_one_line(
     assert message in result.output.replace("\n", " ")
 
 
+def test_the_help_names_the_arguments_of_methods_before_those_of_the_harness(
+    checkpoint: Path,
+) -> None:
+    command = [sys.executable, "-m", "lowcontext", "lm-eval", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    own, _, others = done.stdout.partition("usage: lm-eval run")
+    assert "method=NAME" in own
+    assert "method_KEY=VALUE" in own
+    assert "--num_fewshot" in others
+
+
+def test_lists_reach_a_method_as_json(checkpoint: Path) -> None:
+    from lm_eval._cli.harness import HarnessCLI
+
+    given = {"pretrained": str(checkpoint), "method": "tidaldecode", "method_select_layers": [1]}
+    arguments = ["run", "--tasks", "ruler_fwe", "--model_args", json.dumps(given)]
+    parsed = HarnessCLI()._parser.parse_args(arguments).model_args
+    lm = _cli_lm_eval.register()(**parsed, device="cpu")
+    assert lm.method.select_layers == (1,)
+
+
 def test_without_the_harness_the_error_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -113,8 +113,8 @@ def run_needle(
             rows of that label with other settings.
     """
     check_model(model, tokenizer, max(grid.lengths))
-    for length in grid.lengths:
-        check_length(tokenizer, grid.kind, length=length, depth=grid.depths[0], seed=grid.seed)
+    for length, depth, sample in grid.cells():
+        check_length(tokenizer, grid.kind, length=length, depth=depth, seed=grid.seed + sample)
     runner = _Runner(model, tokenizer, grid, method, stats)
     book = RowFile(out, NeedleRow, method) if out is not None else None
     return _report(

@@ -91,13 +91,14 @@ def run_ruler(
         Nothing runs until it is read.
 
     Raises:
-        ValueError: If a length exceeds the model's positions or has no room for the first sample of
-            a task, if the tokenizer has no end-of-sequence token, or if ``out`` cannot be written
-            or has rows of that label with other settings.
+        ValueError: If a length exceeds the model's positions or has no room for a sample, if the
+            tokenizer has no end-of-sequence token, or if ``out`` cannot be written or has rows of
+            that label with other settings.
     """
     check_model(model, tokenizer, max(run.lengths))
-    for length, task in dict.fromkeys((length, task) for length, task, _ in run.cells()):
-        check_length(tokenizer, task, length=length, seed=run.seed, sources=run.sources)
+    for length, task, sample in run.cells():
+        seed = run.seed + sample
+        check_length(tokenizer, task, length=length, seed=seed, sources=run.sources)
     runner = _Runner(model, tokenizer, run, method, stats)
     book = RowFile(out, RulerRow, method) if out is not None else None
     return recorded(run.cells(), runner.key, runner.run_cell, book)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import resource
 import sys
 from dataclasses import replace
@@ -195,6 +196,34 @@ def test_a_changed_file_of_questions_is_another_source(
         file.write_text(text)
         list(run_ruler(model, tokenizer, run, out=out))
     assert len({row.source for row in read_ruler_rows(out)}) == 2
+
+
+def test_a_length_that_a_later_sample_does_not_fit_is_refused_before_the_first_prompt(
+    model: Any, tokenizer: Any, sources: Sources, tmp_path: Path
+) -> None:
+    content = json.loads(Path(str(sources.squad)).read_text())
+    parts = [part for article in content["data"] for part in article["paragraphs"]]
+    asked = [question for part in parts for question in part["qas"] if question["answers"]]
+    asked[-1]["question"] += " and why" * 300
+    file, out = tmp_path / "squad.json", tmp_path / "ruler.jsonl"
+    file.write_text(json.dumps(content))
+    first = RulerRun((400,), ("qa_1",), samples=1, sources=Sources(squad=str(file)))
+    seeds = range(len(asked))
+    fits = [seed for seed in seeds if _runs(model, tokenizer, replace(first, seed=seed))]
+    assert len(fits) == len(asked) - 1
+    every = replace(first, seed=fits[0], samples=len(asked))
+    with pytest.raises(ValueError, match=r"length: expected at least \d+ tokens for task 'qa_1'"):
+        run_ruler(model, tokenizer, every, out=out)
+    assert not out.exists()
+
+
+def _runs(model: Any, tokenizer: Any, run: RulerRun) -> bool:
+    """Whether a run is not refused; nothing of it runs."""
+    try:
+        run_ruler(model, tokenizer, run)
+    except ValueError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize("task", ["cwe", "niah_multikey_2", "fwe"])
