@@ -31,8 +31,8 @@ OPS = {
     "xattention": ("blocks", "mass"),
     "hip": ("search",),
     "infinitehip": ("search",),
-    "tokenselect": ("scores", "topk"),
-    "quest": ("scores", "topk"),
+    "tokenselect": ("scores", "topk", "lists"),
+    "quest": ("scores", "topk", "lists"),
 }
 # Budgets at which the methods select on the few keys of a CPU run.
 SMALL = {"min_length": 0, "min_budget": 64, "vertical": 32, "slash": 128, "budget": 128}

@@ -1,4 +1,4 @@
-"""Configurations of the Triton score and select kernels for `bench.kernels_report`."""
+"""Configurations of the Triton kernels that score and search for `bench.kernels_report`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.select_kernels import KEYS, LinesConfig, ListsConfig, MassConfig, TopkConfig, empty
 from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
-from lowcontext.ops.triton import blocks, lines, mass, rotary, scores, searches, select, window
+from lowcontext.ops.triton import blocks, mass, rotary, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
 
-# An odd number of keys, of a cache that holds one more: what a decode step knows of strides.
-_HKV, _GROUP, _N = 8, 4, 65535
+_HKV, _GROUP = 8, 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class ScoreConfig:
         dtype, D: of the keys; "uint8" is two channels of 4 bits.
         R: queries per head.
         bits: of "quantize".
+        queries: dtype of the queries.
     """
 
     op: str
@@ -32,27 +33,31 @@ class ScoreConfig:
     D: int = 128
     R: int = 1
     bits: int = 8
+    queries: str = "bfloat16"
 
     @property
     def name(self) -> str:
         """Short label."""
         last = f"bits={self.bits}" if self.op == "quantize" else f"R={self.R}"
+        if self.queries != "bfloat16":
+            last += f" q {self.queries}"
         return f"scores {self.op} {self.dtype} D={self.D} {last}"
 
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype, D = getattr(torch, self.dtype), self.D
-        q = _empty(1, _HKV * _GROUP, self.R, D)
+        q = empty(1, _HKV * _GROUP, self.R, D, dtype=getattr(torch, self.queries))
         k = _keys(D // 2 if dtype == torch.uint8 else D, dtype)
-        scales = None if dtype.is_floating_point else _empty(1, _HKV, _N)
+        scales = None if dtype.is_floating_point else empty(1, _HKV, KEYS)
         if self.op == "bounds":
-            return scores.plan_page_scores(q, _empty(1, _HKV, _N // 16, 2 * D, dtype=dtype))[0]
+            bounds = empty(1, _HKV, KEYS // 16, 2 * D, dtype=dtype)
+            return scores.plan_page_scores(q, bounds, 0.1, True)[0]
         if self.op == "quantize":
             return scores.plan_quantize_keys(k, self.bits)[0]
         if self.op == "vote":
-            return scores.plan_soft_vote(_empty(*q.shape[:3], _N), _empty(*q.shape[:3]), _HKV)[0]
-        starts = _empty(1, _HKV, 512, dtype=torch.int32) if self.op == "pages" else None
-        return scores.plan_token_scores(q, k, scales, starts, 16, 0.1, starts is None)[0]
+            return scores.plan_soft_vote(empty(*q.shape[:3], KEYS), empty(*q.shape[:3]), _HKV)[0]
+        pages = empty(1, _HKV, 512, dtype=torch.int32) if self.op == "pages" else None
+        return scores.plan_token_scores(q, k, scales, pages, 16, 128, 0.1, pages is None)[0]
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class WindowConfig:
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
-        q = _empty(1, _HKV * _GROUP, self.window, self.D, dtype=dtype)
+        q = empty(1, _HKV * _GROUP, self.window, self.D, dtype=dtype)
         k = _keys(self.D, dtype)
         return window.plan_window_scores(q, k, 0.1, self.softcap)[0]
 
@@ -108,79 +113,11 @@ class BlockConfig:
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
-        q = _empty(1, _HKV * _GROUP, _N, self.D, dtype=dtype)
+        q = empty(1, _HKV * _GROUP, KEYS, self.D, dtype=dtype)
         k = _keys(self.D, dtype)
         if self.op == "means":
             return [blocks.plan_block_means(q, 0, self.block)[0]]
         return [blocks.plan_antidiagonal_scores(q, k, self.stride, self.block, 0.1)[0]]
-
-
-@dataclass(frozen=True)
-class TopkConfig:
-    """`votes.topk` on 32 rows without memory.
-
-    Args:
-        N: entries of a row.
-        limits: whether each row has a limit of its own.
-    """
-
-    N: int
-    limits: bool = False
-
-    @property
-    def name(self) -> str:
-        """Short label."""
-        return f"topk N={self.N}" + (" limits" if self.limits else "")
-
-    def launches(self, capability: int) -> list[Launch]:
-        """The launches of this op; they are the same for every capability."""
-        limits = _empty(32, dtype=torch.int32) if self.limits else None
-        return select.plan_topk(_empty(32, self.N), 2048, limits)[0]
-
-
-@dataclass(frozen=True)
-class MassConfig:
-    """`votes.mass_mask` on 32 rows without memory.
-
-    Args:
-        N: entries of a row.
-        forced: whether some entries are forced.
-    """
-
-    N: int
-    forced: bool = False
-
-    @property
-    def name(self) -> str:
-        """Short label."""
-        return f"mass N={self.N}" + (" forced" if self.forced else "")
-
-    def launches(self, capability: int) -> list[Launch]:
-        """The launches of this op; they are the same for every capability."""
-        forced = _empty(8, self.N, dtype=torch.bool) if self.forced else None
-        return mass.plan_mass_mask(_empty(32, self.N), 2**29, forced)[0]
-
-
-@dataclass(frozen=True)
-class LinesConfig:
-    """`vertical_slash.line_index` on masks without memory: 32 heads, 8192 queries, 64K - 1 keys.
-
-    Args:
-        dense_from: whether blocks from some position on list everything.
-    """
-
-    dense_from: bool = False
-
-    @property
-    def name(self) -> str:
-        """Short label."""
-        return "lines dense_from" if self.dense_from else "lines"
-
-    def launches(self, capability: int) -> list[Launch]:
-        """The launches of this op; they are the same for every capability."""
-        mask = _empty(1, 32, _N, dtype=torch.bool)
-        start = _empty(1, 32, dtype=torch.int32) if self.dense_from else None
-        return lines.plan_line_index(mask, mask, 8192, 64, 1000, 1000, start)[0]
 
 
 @dataclass(frozen=True)
@@ -208,7 +145,7 @@ class SearchConfig:
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype = getattr(torch, self.dtype)
-        q = _empty(1, _HKV * _GROUP, 64, self.D, dtype=dtype)
+        q = empty(1, _HKV * _GROUP, 64, self.D, dtype=dtype)
         k = _keys(self.D, dtype)
         if self.op == "tree":
             tree = TreeOptions(beam=128, representative=self.which, rows=self.rows)
@@ -217,7 +154,7 @@ class SearchConfig:
         stages = StageOptions(
             stages=(Stage(64, 4096), Stage(2)), representative=self.which, rows=self.rows
         )
-        (search,) = searches.searches(q, k, stages, 0, 0, _N // 64)
+        (search,) = searches.searches(q, k, stages, 0, 0, KEYS // 64)
         first, counts, starts = searches.plan_stage(search, stages, 0, None)
         return [*first, *searches.plan_stage(search, stages, 1, (counts, starts))[0]]
 
@@ -249,14 +186,14 @@ class RotaryConfig:
     def launches(self, capability: int) -> list[Launch]:
         """The launches of this op; they are the same for every capability."""
         dtype, size = getattr(torch, self.dtype), 2688
-        k, f = _keys(self.D, dtype), _empty(self.pairs)
-        count = _empty(1, dtype=torch.int32)
+        k, f = _keys(self.D, dtype), empty(self.pairs)
+        count = empty(1, dtype=torch.int32)
         if self.op == "rotate":
             steps = [0, 1, 0, 0]
             return rotary.plan_rotate_to(k, (None, None), steps, f, self.interleaved, dtype)[0]
-        lists = _empty(1, _HKV, size, dtype=torch.int32)
+        lists = empty(1, _HKV, size, dtype=torch.int32)
         if self.op == "list":
-            return rotary.plan_list_keys(lists, count, count, [0, _N], size, 1, 128)[0]
+            return rotary.plan_list_keys(lists, count, count, [0, KEYS], size, 1, 128)[0]
         return rotary.plan_gather_moved(k, k, lists, count, f, self.interleaved)[0]
 
 
@@ -269,12 +206,13 @@ AnyScoreConfig = (
     | MassConfig
     | LinesConfig
     | RotaryConfig
+    | ListsConfig
 )
 
 REPRESENTATIVE = (
     ScoreConfig("tokens"),
     ScoreConfig("tokens", D=64),
-    ScoreConfig("tokens", "float32", R=32),
+    ScoreConfig("tokens", "float32", R=32, queries="float32"),
     ScoreConfig("pages", "float16", R=32),
     ScoreConfig("pages", "int8"),
     ScoreConfig("bounds"),
@@ -289,8 +227,10 @@ REPRESENTATIVE = (
     BlockConfig("antidiagonal"),
     BlockConfig("antidiagonal", D=64),
     BlockConfig("antidiagonal", "float32"),
-    TopkConfig(select.ROW),
+    TopkConfig(select.ROW, pages=True),
     TopkConfig(2**20, limits=True),
+    TopkConfig(2**20, 8192),
+    ListsConfig(lows=True),
     MassConfig(mass.ROW, forced=True),
     MassConfig(2**20),
     LinesConfig(dense_from=True),
@@ -332,10 +272,13 @@ def everything() -> Iterator[AnyScoreConfig]:
     yield SearchConfig("tree", "float32", 256)
     for limits in (False, True):
         for N in (32, 1024, 4096, 8192, select.ROW, 2**20):
-            yield TopkConfig(N, limits)
+            yield TopkConfig(N, limits=limits)
+            yield TopkConfig(N, 8192, limits, pages=True)
         for N in (32, 1024, 4096, mass.ROW, 2**20):
             yield MassConfig(N, forced=limits)
         yield LinesConfig(dense_from=limits)
+        for lows in (False, True):
+            yield ListsConfig(limits, lows)
     for dtype in ("bfloat16", "float16", "float32"):
         for D, pairs in ((64, 32), (80, 40), (128, 16), (128, 64), (256, 128)):
             for interleaved in (False, True):
@@ -344,8 +287,4 @@ def everything() -> Iterator[AnyScoreConfig]:
 
 
 def _keys(D: int, dtype: torch.dtype) -> Tensor:
-    return _empty(1, _HKV, _N + 1, D, dtype=dtype)[:, :, :_N]
-
-
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return empty(1, _HKV, KEYS + 1, D, dtype=dtype)[:, :, :KEYS]

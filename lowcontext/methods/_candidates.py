@@ -66,7 +66,7 @@ class Vote:
         """Votes with the keys themselves. Reads all of K: half of what dense attention reads.
 
         Args:
-            q: fp32 [B, Hq, R, D]; k: [B, Hkv, Lk, D].
+            q: [B, Hq, R, D]; k: [B, Hkv, Lk, D].
             low: end of the last row's candidates.
             layer: where this runs.
             batch: the rows of the batch that select.
@@ -102,30 +102,30 @@ class Vote:
             return self.exact(q, k, low, layer, batch)
         bounds = block_statistics(layer.memory, k, page, votes.page_bounds)
         bounds = bounds[batch, :, sink // page : end // page]
-        scores = votes.page_scores(q[batch], bounds).mul_(self.scale)
-        ballot = self._vote(scores, scores.logsumexp(dim=-1), k, layer)
-        chosen, _ = votes.topk(ballot, -(-self.coarse * self.k // page))
-        starts = chosen[:, :, 0] * page + sink
-        scores, lse = votes.token_scores(q[batch], k[batch], scale=self.scale, pages=(starts, page))
-        ballot = self._vote(scores, lse, k, layer)
-        slots, counts = votes.topk(self._pooled(ballot), self.k)
-        ids = starts.gather(2, (slots[:, :, 0] // page).long()) + slots[:, :, 0] % page
-        return Tokens(ids[:, :, None], counts, sink, end, self._mass(ballot, slots, counts, layer))
+        heads = self._heads(k)
+        rough = votes.page_votes(q[batch], bounds, scale=self.scale, heads=heads)
+        chosen, _ = votes.topk(self._summed(rough, layer), -(-self.coarse * self.k // page))
+        pages = votes.Pages(chosen[:, :, 0], page, sink)
+        scores, lse = votes.token_scores(q[batch], k[batch], scale=self.scale, pages=pages)
+        ballot = self._summed(votes.soft_vote(scores, lse, heads=heads), layer)
+        ids, counts = votes.topk(self._pooled(ballot), self.k, pages=pages)
+        return Tokens(ids, counts, sink, end, self._mass(ballot, layer))
 
     def _choose(
         self, scores: Tensor, lse: Tensor, k: Tensor, low: int, layer: LayerContext
     ) -> Tokens:
-        ballot = self._vote(scores, lse, k, layer)
-        ids, counts = votes.topk(self._pooled(ballot), self.k)
-        mass = self._mass(ballot, ids, counts, layer)
-        return Tokens(ids + self.sink, counts, self.sink, low, mass)
+        ballot = self._summed(votes.soft_vote(scores, lse, heads=self._heads(k)), layer)
+        ids, counts = votes.topk(self._pooled(ballot), self.k, first=self.sink)
+        return Tokens(ids, counts, self.sink, low, self._mass(ballot, layer))
 
-    def _vote(self, scores: Tensor, lse: Tensor, k: Tensor, layer: LayerContext) -> Tensor:
-        if self.lists == "kv_head":
-            return votes.soft_vote(scores, lse, heads=k.shape[1])
-        ballot = votes.soft_vote(scores, lse)
+    def _heads(self, k: Tensor) -> int:
+        return k.shape[1] if self.lists == "kv_head" else 1
+
+    def _summed(self, ballot: Tensor, layer: LayerContext) -> Tensor:
         # Ranks hold different heads of the same tokens: the sum of their votes is the vote.
-        return ballot if layer.reduce is None else layer.reduce(ballot)
+        if self.lists == "kv_head" or layer.reduce is None:
+            return ballot
+        return layer.reduce(ballot)
 
     def _pooled(self, ballot: Tensor) -> Tensor:
         if not self.pool:
@@ -134,13 +134,12 @@ class Vote:
         pooled = torch.nn.functional.max_pool1d(flat, self.pool, 1, self.pool // 2)
         return pooled[:, 0].view_as(ballot).masked_fill(ballot == -torch.inf, -torch.inf)
 
-    def _mass(
-        self, ballot: Tensor, ids: Tensor, counts: Tensor, layer: LayerContext
-    ) -> Tensor | None:
+    def _mass(self, ballot: Tensor, layer: LayerContext) -> Tensor | None:
         if layer.observe is None:
             return None
-        listed = torch.arange(ids.shape[3], device=ids.device) < counts[..., None]
-        chosen = ballot.gather(3, ids.long()).masked_fill(~listed, 0.0).sum(dim=3)
+        entries, counts = votes.topk(self._pooled(ballot), self.k)
+        listed = torch.arange(entries.shape[3], device=entries.device) < counts[..., None]
+        chosen = ballot.gather(3, entries.long()).masked_fill(~listed, 0.0).sum(dim=3)
         total = ballot.clamp(min=0).sum(dim=3)
         return chosen.sum(dim=(1, 2)) / total.sum(dim=(1, 2))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.ops import votes
+from lowcontext.ops.lists import tile_lists
 
 
 def top_k_mask(scores: Tensor, k: Tensor, most: int) -> Tensor:
@@ -125,6 +126,45 @@ def block_statistics(
         return (reduce(k[:, :, first * block : end * block], block),)
 
     return grown(memory, "blocks", k.shape[2] // block, make)[0]
+
+
+def listed(
+    k: Tensor,
+    rows: int,
+    block_size: tuple[int, int],
+    low: int | Tensor,
+    sink: int,
+    span: int | None = None,
+    columns: tuple[Tensor, Tensor] | None = None,
+) -> BlockIndex:
+    """Index of the sink, of chosen keys and of recent keys, for the last rows.
+
+    Args:
+        k: [B, Hkv, Lk, D].
+        rows: blocks of queries; with more than one, a block is one query.
+        block_size: of the index.
+        low, sink, span: as in `tile_lists`.
+        columns: (int32 [B, H, rows, C], int32 [B, H, rows]), keys between sink and recent keys, and
+            how many of them count.
+    """
+    width = block_size[1]
+    counts, starts = tile_lists(k, rows, width=width, low=low, sink=sink, span=span)
+    # What the tiles of the sink leave of it.
+    left = sink % width
+    if left or columns is None:
+        rest = torch.arange(sink - left, sink, dtype=torch.int32, device=k.device)
+        rest = rest.expand(1, 1, rows, left)
+    if columns is None:
+        number = torch.full((1, 1, rows), left, dtype=torch.int32, device=k.device)
+        return BlockIndex(counts, starts, block_size, number, rest)
+    chosen, number = columns
+    B, H = chosen.shape[:2]
+    if left:
+        chosen = torch.cat([rest.expand(B, H, -1, -1), chosen], dim=3)
+        number = number + left
+    return BlockIndex(
+        counts.expand(B, H, -1), starts.expand(B, H, -1, -1), block_size, number, chosen
+    )
 
 
 def join_heads(parts: Sequence[tuple[list[int], BlockIndex]]) -> BlockIndex:

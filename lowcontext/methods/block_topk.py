@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
-from lowcontext.methods._select import block_statistics
+from lowcontext.methods._select import block_statistics, on_device
 from lowcontext.methods.base import LayerContext, Method
 from lowcontext.ops import votes
 from lowcontext.ops.block_scores import block_means
+from lowcontext.ops.lists import tile_lists
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class BlockTopK(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._expect_ints(budget=1, sink=0, local=0, block_q=1, block_k=1)
-        forced = -(-self.sink // self.block_k) + self._most_local(self.block_q)
+        forced = self._sinks + self._most_local(self.block_q)
         if self.budget // self.block_k < forced:
             raise ValueError(
                 f"block_topk: budget: expected at least {forced * self.block_k}, the keys that are "
@@ -55,41 +56,62 @@ class BlockTopK(Method):
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index by pooled queries and pooled keys."""
-        return self._index(q, k, layer, self.block_q)
-
-    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
-        """Index by each query and pooled keys."""
-        return self._index(q, k, layer, 1)
-
-    def _most_local(self, block_q: int) -> int:
-        return (self.local + block_q - 2) // self.block_k + 2
-
-    def _index(self, q: Tensor, k: Tensor, layer: LayerContext, block_q: int) -> BlockIndex | None:
-        Lq, Lk, width = q.shape[2], k.shape[2], self.block_k
+        Lq, Lk, width, block_q = q.shape[2], k.shape[2], self.block_k, self.block_q
         limit = self.budget // width
         if limit * width >= Lk:
             return None
         means = block_statistics(layer.memory, k, width, block_means)
-        pooled = q.float() if block_q == 1 else block_means(q, block_q, offset=Lk - Lq)
-
         first, Nq = BlockIndex.query_blocks(Lq, Lk, block_q)
         block = torch.arange(first, first + Nq, device=q.device)
         row0 = (block * block_q).clamp(min=Lk - Lq)
         row1 = ((block + 1) * block_q).clamp(max=Lk)
         local0 = (row0 - self.local).clamp(min=0) // width  # first local block
         local1 = (row1 - 1) // width  # block of the last query
-        sinks = (local1 + 1).clamp(max=-(-self.sink // width))
+        sinks = (local1 + 1).clamp(max=self._sinks)
         local0 = torch.maximum(local0, sinks)
         forced = sinks + local1 + 1 - local0  # [Nq]
-
-        # Candidates lie between the sink and the local blocks.
-        low = min(-(-self.sink // width), means.shape[2])
-        scores, _ = votes.token_scores(pooled, means[:, :, low:], causal=False)
-        candidates = torch.arange(low, means.shape[2], device=q.device) < local0[:, None]
-        scores = scores.masked_fill(~candidates, -torch.inf)
+        pooled = block_means(q, block_q, offset=Lk - Lq)
+        scores = self._candidates(pooled, means, local0)
         limits = (limit - forced).expand(scores.shape[:3])
-        ids, counts = votes.topk(scores, limit, limits=limits)
-        return _merge(ids + low, counts, sinks, local0, local1, limit, (block_q, width))
+        ids, counts = votes.topk(scores, limit, limits=limits, first=self._sinks)
+        return _merge(ids, counts, sinks, local0, local1, limit, (block_q, width))
+
+    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """Index by each query and pooled keys."""
+        Lq, Lk, width = q.shape[2], k.shape[2], self.block_k
+        limit = self.budget // width
+        if limit * width >= Lk:
+            return None
+        means = block_statistics(layer.memory, k, width, block_means)
+        queries = range(Lk - Lq, Lk)
+        local0 = [max((i - self.local) // width, self._sinks) for i in queries]
+        most = [
+            limit - self._sinks - (i // width + 1 - j) for i, j in zip(queries, local0, strict=True)
+        ]
+        limits = None
+        if local0[0] == local0[-1]:
+            scores, _ = votes.token_scores(q, means[:, :, self._sinks : local0[-1]], causal=False)
+        else:
+            scores = self._candidates(q, means, on_device(local0, q.device))
+        if most[0] != most[-1]:
+            limits = on_device(most, q.device).expand(scores.shape[:3])
+        pages = votes.topk(scores, max(most), limits=limits, first=self._sinks)
+        low, sink = Lk - 1 - self.local, self._sinks * width
+        lists = tile_lists(k, Lq, width=width, low=low, sink=sink, align=width, pages=pages)
+        return BlockIndex(*lists, (1, width))
+
+    @property
+    def _sinks(self) -> int:
+        return -(-self.sink // self.block_k)
+
+    def _most_local(self, block_q: int) -> int:
+        return (self.local + block_q - 2) // self.block_k + 2
+
+    def _candidates(self, q: Tensor, means: Tensor, local0: Tensor) -> Tensor:
+        """Scores of the blocks behind the sink, -inf from local block local0 [rows] on."""
+        scores, _ = votes.token_scores(q, means[:, :, self._sinks :], causal=False)
+        blocks = torch.arange(self._sinks, means.shape[2], device=q.device)
+        return scores.masked_fill(blocks >= local0[:, None], -torch.inf)
 
 
 def _merge(

@@ -13,6 +13,7 @@ from lowcontext.index import BlockIndex
 from lowcontext.methods._select import block_statistics
 from lowcontext.methods.base import LayerContext, Method
 from lowcontext.ops import votes
+from lowcontext.ops.lists import tile_lists
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,14 @@ class Quest(Method):
         if limit * self.page >= Lk:
             return None
         bounds = block_statistics(layer.memory, k, self.page, votes.page_bounds)
-        own = torch.arange(Lk - Lq, Lk, device=q.device) // self.page  # page of each query
         last = (Lk - 1) // self.page
-        scores = votes.page_scores(q.float(), bounds[:, :, :last])
+        scores = votes.page_scores(q, bounds[:, :, :last])
         if self.scope == "kv_head":
             scores = rearrange(scores, "b (h g) r p -> b h g r p", h=k.shape[1]).amax(dim=2)
         if Lq > 1:
+            own = torch.arange(Lk - Lq, Lk, device=q.device) // self.page  # page of each query
             past = torch.arange(last, device=q.device) < own[:, None]
             scores = scores.masked_fill(~past, -torch.inf)
-        pages, counts = votes.topk(scores, limit - 1)
-        # The own page comes behind the pages before it.
-        pages = torch.nn.functional.pad(pages, (0, 1))
-        pages.scatter_(3, counts[..., None].long(), own.int()[:, None].expand(*counts.shape, 1))
-        return BlockIndex(counts + 1, pages * self.page, (1, self.page))
+        pages = votes.topk(scores, limit - 1)
+        lists = tile_lists(k, Lq, width=self.page, low=Lk - 1, align=self.page, pages=pages)
+        return BlockIndex(*lists, (1, self.page))

@@ -11,6 +11,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._candidates import Tokens, Vote
 from lowcontext.methods._reuse import reuse
+from lowcontext.methods._select import listed
 from lowcontext.methods.base import LayerContext, Method
 
 TILE = 64
@@ -60,24 +61,16 @@ class Recycled(Method):
         Lk = k.shape[2]
         if Lk <= self.k or q.shape[2] > 1:
             return None
-        query = q.float()
         vote = Vote(k=self.k, sink=0, lists="kv_head", scale=layer.scale)
 
         def weigh(batch: slice) -> Tokens:
-            return vote.exact(query, k, Lk, layer, batch)
+            return vote.exact(q, k, Lk, layer, batch)
 
         threshold = -1.0 if self.threshold is None else self.threshold
         by_head = self.cosine == "head"
-        tokens, low = reuse(query, Lk, layer, threshold, by_head, self.stride - 1, weigh)
+        tokens, low = reuse(q.float(), Lk, layer, threshold, by_head, self.stride - 1, weigh)
         # A list that was made in this step begins its new keys behind the last key.
-        full = (low == Lk)[:, None, None]
-        start = torch.where(full, 0, low[:, None, None])
-        tiles = torch.arange(-(-Lk // TILE), dtype=torch.int32, device=k.device) * TILE
-        H = tokens.ids.shape[1]
-        return BlockIndex(
-            ((Lk - start + TILE - 1) // TILE).expand(-1, H, 1).to(torch.int32),
-            (start[..., None] + tiles).expand(-1, H, 1, -1).to(torch.int32),
-            (1, TILE),
-            torch.where(full, 0, tokens.counts).to(torch.int32),
-            tokens.ids,
-        )
+        full = low == Lk
+        counts = torch.where(full[:, None, None], 0, tokens.counts)
+        low = torch.where(full, 0, low)
+        return listed(k, 1, (1, TILE), low, 0, Lk, (tokens.ids, counts))

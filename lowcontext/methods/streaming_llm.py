@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
+from lowcontext.methods._select import listed
 from lowcontext.methods.base import LayerContext, Method
 
 
@@ -41,14 +42,7 @@ class StreamingLLM(Method):
 
     def prefill(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of sink and window for every block of queries."""
-        return self._index(q, k, self.block_q)
-
-    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
-        """Index of sink and window for each query."""
-        return self._index(q, k, 1)
-
-    def _index(self, q: Tensor, k: Tensor, block_q: int) -> BlockIndex | None:
-        Lq, Lk = q.shape[2], k.shape[2]
+        Lq, Lk, block_q = q.shape[2], k.shape[2], self.block_q
         if self.sink + self.window >= Lk:
             return None
         offset, width = Lk - Lq, self.block_k
@@ -70,3 +64,10 @@ class StreamingLLM(Method):
             kv_num_columns=low.clamp(max=self.sink)[None, None].to(torch.int32),
             kv_columns=sinks[None, None].to(torch.int32).contiguous(),
         )
+
+    def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
+        """Index of sink and window for each query."""
+        Lk = k.shape[2]
+        if self.sink + self.window >= Lk:
+            return None
+        return listed(k, q.shape[2], (1, self.block_k), Lk - self.window, self.sink)

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.methods._candidates import Tokens, Vote, join_rows
 from lowcontext.methods._reuse import reuse
+from lowcontext.methods._select import listed
 from lowcontext.methods._streaming import search_keys
 from lowcontext.methods.base import (
     MAX_DECODE_QUERIES,
@@ -153,16 +154,17 @@ class TokenSelect(Method):
         if start < self._budget:
             return None
         tokens = self._select_chunk(q, k, layer)
-        low = torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
-        Lk = k.shape[2]
-        return self._index(tokens, low, Lk, (self.chunk, TILE), Lk - tokens.low)
+        columns = tokens.ids, tokens.counts
+        return listed(k, 1, (self.chunk, TILE), tokens.low, tokens.sink, columns=columns)
 
     def decode(self, q: Tensor, k: Tensor, layer: LayerContext) -> BlockIndex | None:
         """Index of the tokens that each query selects or reuses."""
         if k.shape[2] <= self._budget:
             return None
-        tokens, low = self._tokens(q.float(), k, layer)
-        return self._index(tokens, low, k.shape[2], (1, TILE), self._longest_tail)
+        tokens, low = self._tokens(q, k, layer)
+        span = self._longest_tail if isinstance(low, Tensor) else None
+        columns = tokens.ids, tokens.counts
+        return listed(k, q.shape[2], (1, TILE), low, tokens.sink, span, columns)
 
     @property
     def _budget(self) -> int:
@@ -183,15 +185,16 @@ class TokenSelect(Method):
         low = k.shape[2] - q.shape[2] + 1 - self.local
         return self._vote(layer).exact(q.float().mean(dim=2, keepdim=True), k, low, layer)
 
-    def _tokens(self, q: Tensor, k: Tensor, layer: LayerContext) -> tuple[Tokens, Tensor]:
-        """The tokens of decode queries, and int32 [B or 1], first of the recent keys."""
+    def _tokens(self, q: Tensor, k: Tensor, layer: LayerContext) -> tuple[Tokens, int | Tensor]:
+        """The tokens of decode queries, and the first of the recent keys, int32 [B] with reuse."""
         Lk = k.shape[2]
         low = Lk - self.local
         selects = self.select_layers is None or layer.layer_idx in self.select_layers
         step = (Lk, q.shape[0], q.shape[2])
         if not selects and layer.shared.get("step") == step:
             tokens, start = layer.shared["tokens"]
-            return tokens.to(k.device), start.to(k.device)
+            start = start.to(k.device) if isinstance(start, Tensor) else start
+            return tokens.to(k.device), start
         vote = self._vote(layer)
         # Rows of one call begin their recent keys one after another, and pages would round that.
         scorings: dict[str, Callable[..., Tokens]] = {
@@ -201,9 +204,10 @@ class TokenSelect(Method):
             "pages": vote.pages if q.shape[2] == 1 else vote.exact,
         }
         score = scorings[self.scoring]
+        found: tuple[Tokens, int | Tensor]
         if q.shape[2] == 1 and self.cache_threshold is not None:
             found = reuse(
-                q,
+                q.float(),
                 Lk,
                 layer,
                 self.cache_threshold,
@@ -222,7 +226,7 @@ class TokenSelect(Method):
                     for r, b in zip(rows, behind, strict=True)
                 ]
             )
-            found = tokens, torch.full((1,), tokens.low, dtype=torch.int32, device=k.device)
+            found = tokens, tokens.low
             if layer.observe is not None and tokens.mass is not None:
                 layer.observe({"selected_mass": tokens.mass})
         if selects and self.select_layers is not None:
@@ -278,40 +282,6 @@ class TokenSelect(Method):
         Lq, Lk = q.shape[2], k.shape[2]
         queries = rotary.move(q, range(Lk - Lq, Lk), at, torch.float32)
         return queries, search_keys(layer.memory, k, rotary, 0)
-
-    def _index(
-        self, tokens: Tokens, low: Tensor, Lk: int, block_size: tuple[int, int], span: int
-    ) -> BlockIndex:
-        """Sink and recent keys as tiles, what is left of the sink and the tokens as columns.
-
-        Args:
-            tokens: the tokens of each block of queries.
-            low: int32 [B or 1], first of the recent keys of the last block.
-            Lk: keys.
-            block_size: of the index; with block_q = 1 a block is one query later than the last.
-            span: most recent keys of a block.
-        """
-        ids = tokens.ids
-        B, H, Nq, _ = ids.shape
-        device, sink, width = ids.device, tokens.sink, block_size[1]
-        behind = torch.arange(Nq - 1, -1, -1, dtype=torch.int32, device=device)
-        start = (low[:, None] - behind).clamp(min=sink).expand(B, Nq)
-        tiles = torch.arange(-(-span // width), dtype=torch.int32, device=device) * width
-        sinks = torch.arange(sink // width, dtype=torch.int32, device=device) * width
-        starts = torch.cat([sinks.expand(B, Nq, -1), start[..., None] + tiles], dim=2)
-        counts = sinks.shape[0] + (Lk - behind - start + width - 1) // width
-        counts_of_columns = tokens.counts
-        rest = torch.arange(sink // width * width, sink, dtype=torch.int32, device=device)
-        if rest.shape[0]:
-            ids = torch.cat([rest.expand(B, H, Nq, -1), ids], dim=3)
-            counts_of_columns = counts_of_columns + rest.shape[0]
-        return BlockIndex(
-            counts[:, None].expand(B, H, Nq).to(torch.int32),
-            starts[:, None].expand(B, H, Nq, -1),
-            block_size,
-            counts_of_columns,
-            ids,
-        )
 
     def _moved(
         self, tokens: Tokens, row: int, low: Tensor | int, Lk: int, span: int, rotary: Rotary

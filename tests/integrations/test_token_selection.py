@@ -164,11 +164,11 @@ def test_moved_positions_equal_a_prompt_without_the_tokens_between(
     short = torch.cat([ids[:, :4], ids[:, -9:]], dim=1)
     expected = logits(model, short)[:, -1]
 
-    def first(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def lowest(scores: Tensor, k: int, first: int) -> tuple[Tensor, Tensor]:
         shape = scores.shape[:-1]
-        return torch.zeros(*shape, 1).int(), torch.ones(shape).int()
+        return torch.full((*shape, 1), first).int(), torch.ones(shape).int()
 
-    monkeypatch.setattr(votes, "topk", first)  # selects the first token behind the sink
+    monkeypatch.setattr(votes, "topk", lowest)  # selects the first token behind the sink
     options = {**SMALL, "k": 1, "sink": 3, "local": 9, "chunk": 64}
     lowcontext.patch_model(model, "tokenselect", positions="compact", **options)
     cache = DynamicCache(config=model.config)

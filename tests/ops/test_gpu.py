@@ -20,6 +20,7 @@ from bench.oracle import sampled_error
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
 from lowcontext.methods.base import Moved, Rotary
 from lowcontext.ops import _dispatch, block_scores, hierarchy, rotary, vertical_slash, votes
+from lowcontext.ops.lists import tile_lists
 from tests.ops.hierarchy.problems import STAGES, TREE, integers
 
 pytestmark = [
@@ -169,6 +170,12 @@ def page_scores(n: int, to: To, backend: str) -> Tensors:
     return (votes.page_scores(to(rand(1, 8, 1, 128)), to(bounds), backend=backend),)
 
 
+def page_votes(n: int, to: To, backend: str) -> Tensors:
+    bounds = votes.page_bounds(rand(1, 2, 16 * n, 128, seed=1, dtype=BF16), 16)
+    q = to(rand(1, 8, 1, 128, dtype=BF16))
+    return (votes.page_votes(q, to(bounds), scale=0.1, heads=2, backend=backend),)
+
+
 def soft_vote(n: int, to: To, backend: str) -> Tensors:
     scores = rand(1, 8, 1, n)
     return (votes.soft_vote(to(scores), to(scores.logsumexp(-1)), heads=2, backend=backend),)
@@ -177,6 +184,20 @@ def soft_vote(n: int, to: To, backend: str) -> Tensors:
 def topk(n: int, to: To, backend: str) -> Tensors:
     scores = (4 * rand(3, 20 * n)).round() / 4  # ties
     return votes.topk(to(scores), n // 20, backend=backend)
+
+
+def chosen_keys(n: int, to: To, backend: str) -> Tensors:
+    pages = votes.Pages(to(torch.arange(0, 2 * n, 2, dtype=torch.int32).expand(1, 3, n)), 20, 7)
+    scores = (4 * rand(1, 3, 1, 20 * n)).round() / 4  # ties; at most a quarter of a program's row
+    return votes.topk(to(scores), min(n, 4000), pages=pages, backend=backend)
+
+
+def tiles(n: int, to: To, backend: str) -> Tensors:
+    k, low = to(torch.empty(2, 3, 16 * n, 8)), torch.tensor([12 * n, 9 * n], dtype=torch.int32)
+    ids, counts = torch.arange(4).expand(2, 3, 5, 4).int() + 2, torch.arange(30).view(2, 3, 5) % 5
+    chosen = to(ids.contiguous()), to(counts.int())
+    options: dict[str, Any] = {"width": 16, "low": to(low), "sink": 32, "span": 8 * n}
+    return listed(BlockIndex(*tile_lists(k, 5, pages=chosen, **options, backend=backend), (1, 16)))
 
 
 def mass_mask(n: int, to: To, backend: str) -> Tensors:
@@ -239,7 +260,10 @@ PROBLEMS: dict[str, tuple[str, Callable[[int, To, str], Tensors]]] = {
     "int4 scores": ("scores", quantised_scores(4)),
     "page scores": ("scores", page_scores),
     "soft vote": ("scores", soft_vote),
+    "page votes": ("scores", page_votes),
     "topk": ("topk", topk),
+    "keys of pages": ("topk", chosen_keys),
+    "tile lists": ("lists", tiles),
     "mass mask": ("mass", mass_mask),
     "window scores": ("window", window_scores),
     "line index": ("lines", line_index),

@@ -25,7 +25,7 @@ KERNELS = {
     *("topk_row", "digits", "topk_counts", "topk_ids"),
     *("mass_row", "mass_tops", "mass_digits", "mass_ties", "mass_keep"),
     *("line_counts", "line_lists", "line_tiles", "line_columns"),
-    *("rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
+    *("tile_lists", "rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
     *("rotate", "list_keys", "gather_moved"),
 }
 # Kernels that read queries, keys or values.

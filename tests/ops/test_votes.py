@@ -53,10 +53,12 @@ def test_scores_and_their_lse_equal_fp64(
 @pytest.mark.parametrize("heads", [1, 2])
 def test_scores_of_pages_equal_the_scores_of_their_keys(backend: str, G: int, heads: int) -> None:
     q, k = rand(2, 2 * G, 2, 32), rand(2, 2, 700, 32, seed=1)
-    starts = torch.randint(0, 700 - 24, (2, heads, 90), generator=torch.Generator().manual_seed(2))
-    starts = starts.sort(dim=-1).values.to(torch.int32)
-    scores, lse = votes.token_scores(q, k, pages=(starts, 24), backend=backend)
-    keys = (starts[..., None] + torch.arange(24)).flatten(2).long().repeat_interleave(2 // heads, 1)
+    ids = torch.randint(0, 28, (2, heads, 90), generator=torch.Generator().manual_seed(2))
+    ids = ids.sort(dim=-1).values.to(torch.int32)
+    pages = votes.Pages(ids, 24, first=13)
+    scores, lse = votes.token_scores(q, k, pages=pages, backend=backend)
+    starts = 13 + 24 * ids[..., None].long()
+    keys = (starts + torch.arange(24)).flatten(2).repeat_interleave(2 // heads, 1)
     everything = q.double() @ k.double().repeat_interleave(G, 1).transpose(2, 3)
     expected = everything.gather(3, keys.repeat_interleave(G, 1)[:, :, None].expand(-1, -1, 2, -1))
     torch.testing.assert_close(scores.double(), expected, atol=2e-5, rtol=1e-5)
@@ -163,6 +165,40 @@ def test_topk_of_clustered_scores_equals_a_stable_sort(backend: str) -> None:
             assert ids[row].tolist() == oracle_topk(x[row].tolist(), k)
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_topk_of_pages_gives_their_keys(backend: str, heads: int) -> None:
+    x = rand(2, 3, 2, 40).masked_fill(rand(2, 3, 2, 40, seed=1) > 0, -torch.inf)
+    ids = rand(2, heads, 30, seed=2).topk(8).indices.sort().values.int()
+    pages = votes.Pages(ids, 5, first=9)
+    for k in (0, 1, 12, 40):
+        keys, counts = votes.topk(x, k, pages=pages, backend=backend)
+        entries, number = votes.topk(x, k, backend=backend)
+        assert torch.equal(counts, number)
+        for b, h, r in torch.cartesian_prod(*(torch.arange(n) for n in (2, 3, 2))).tolist():
+            n = int(counts[b, h, r])
+            expected = [
+                9 + 5 * int(ids[b, h % heads, i // 5]) + i % 5
+                for i in entries[b, h, r, :n].tolist()
+            ]
+            assert keys[b, h, r].tolist() == expected + [0] * (k - n)
+
+
+def test_ids_count_from_the_first(backend: str) -> None:
+    x = torch.tensor([[3.0, -torch.inf, 5.0], [-torch.inf, -torch.inf, -torch.inf]])
+    ids, counts = votes.topk(x, 2, first=100, backend=backend)
+    assert ids.tolist() == [[100, 102], [0, 0]]
+    assert counts.tolist() == [2, 0]
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_page_votes_equal_the_votes_on_scaled_page_scores(backend: str, heads: int) -> None:
+    q, bounds = rand(2, 4, 3, 24), votes.page_bounds(rand(2, 2, 330, 24, seed=1), 16)
+    out = votes.page_votes(q, bounds, scale=0.3, heads=heads, backend=backend)
+    scores = 0.3 * votes.page_scores(q, bounds, backend="reference").double()
+    expected = scores.softmax(-1).unflatten(1, (heads, 4 // heads)).sum(2)
+    torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("G", [1, 4, 7])
 def test_page_scores_bound_every_key_and_equal_the_formula(backend: str, G: int) -> None:
     q, k = rand(2, 2 * G, 3, 24), rand(2, 2, 330, 24, seed=1)
@@ -222,13 +258,21 @@ def test_limits_beyond_int32_are_no_limits(backend: str) -> None:
 
 def test_arguments_are_checked_by_name() -> None:
     q, k = torch.zeros(1, 4, 1, 16), torch.zeros(1, 2, 64, 16)
+    ids = torch.zeros(2, 2, 3, dtype=torch.int32)
     for name, error, call in [
-        ("q", TypeError, lambda: votes.token_scores(q.half(), k)),
+        ("q", TypeError, lambda: votes.token_scores(q.int(), k)),
+        ("q", ValueError, lambda: votes.token_scores(q[0], k)),
         ("q", ValueError, lambda: votes.token_scores(q[:, :3], k)),
         ("k", ValueError, lambda: votes.token_scores(q, k[..., :8])),
         ("k", TypeError, lambda: votes.token_scores(q, k.long())),
         ("scales", ValueError, lambda: votes.token_scores(q, k.to(torch.int8))),
-        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=(torch.zeros(1, 2, 3), 8))),
+        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=votes.Pages(k[0], 8))),
+        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=votes.Pages(ids, 8))),
+        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=votes.Pages(ids[:1], 65))),
+        ("pages", ValueError, lambda: votes.token_scores(q, k, pages=votes.Pages(ids[:1], 0))),
+        ("pages", ValueError, lambda: votes.topk(q, 2, pages=votes.Pages(ids[:1, :, :2], 8))),
+        ("scores", ValueError, lambda: votes.topk(q, 2, pages=votes.Pages(ids[:1], 8))),
+        ("first", ValueError, lambda: votes.topk(q, 2, first=3, pages=votes.Pages(ids[:1], 8))),
         ("lse", ValueError, lambda: votes.soft_vote(q, torch.zeros(1, 4, 2))),
         ("heads", ValueError, lambda: votes.soft_vote(q, torch.zeros(1, 4, 1), heads=3)),
         ("scores", TypeError, lambda: votes.topk(q.half(), 2)),

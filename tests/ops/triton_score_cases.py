@@ -14,6 +14,7 @@ from lowcontext.ops.block_scores import triton as block_kernels
 from lowcontext.ops.vertical_slash import last_window_scores
 from lowcontext.ops.vertical_slash import triton as window_kernels
 from lowcontext.ops.votes import triton as vote_kernels
+from lowcontext.ops.votes.reference import round_queries
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -75,7 +76,7 @@ def test_scores_of_quantised_keys_equal_fp64(G: int, R: int, N: int, D: int, bit
     options = {"scale": 0.3, "scales": scales}
     ours = votes.token_scores(q, small, **options, backend="triton")
     plain = votes.token_scores(q, small, **options, backend="reference")
-    rounded = votes._round_queries(q)
+    rounded = round_queries(q)
     exact = exact_scores(rounded, whole(small) * scales.double()[..., None], 0.3, True)
     for name, a, b, c in zip(
         ("scores", "lse"), ours, plain, (exact, exact.logsumexp(-1)), strict=True
@@ -132,12 +133,12 @@ def test_scores_of_pages_equal_the_scores_of_their_keys(
         k, scales = votes.quantize_keys(k, bits=bits, backend="reference")
         wide = whole(k) * scales.double()[..., None]
     gen = torch.Generator().manual_seed(2)
-    starts = torch.randint(0, N - width + 1, (batches, heads, 9, 2), generator=gen)
-    starts = starts.to(DEVICE, torch.int32)[..., 0]  # stride 2
-    options = {"pages": (starts, width), "scales": scales}
+    ids = torch.randint(0, 8, (batches, heads, 9, 2), generator=gen)
+    ids = ids.to(DEVICE, torch.int32)[..., 0]  # stride 2
+    options = {"pages": votes.Pages(ids, width, first=5), "scales": scales}
     scores, lse = votes.token_scores(q, k, **options, backend="triton")
     plain, plain_lse = votes.token_scores(q, k, **options, backend="reference")
-    keys = (starts[..., None] + torch.arange(width, device=DEVICE)).flatten(2).long()
+    keys = (5 + width * ids[..., None] + torch.arange(width, device=DEVICE)).flatten(2).long()
     keys = keys.expand(2, 2, -1).repeat_interleave(G, 1)[:, :, None].expand(-1, -1, 2, -1)
     exact = exact_scores(q, wide, 1.0, False).gather(3, keys)
     check(scores, plain, exact, "scores")
@@ -165,6 +166,33 @@ def test_page_scores_equal_the_formula(dtype: torch.dtype, G: int, R: int, P: in
     exact = torch.maximum(query * low, query * high).sum(-1)
     scores = votes.page_scores(q, bounds, backend="triton")
     check(scores, votes.page_scores(q, bounds, backend="reference"), exact, "bounds")
+
+
+@pytest.mark.ops("scores")
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_page_votes_equal_the_votes_on_scaled_page_scores(heads: int) -> None:
+    q, k = rand(2, 4, 3, 24).to(DEVICE), rand(2, 2, 600, 24, seed=1).to(DEVICE)
+    bounds = votes.page_bounds(k, 4)
+    ours = votes.page_votes(q, bounds, scale=0.3, heads=heads, backend="triton")
+    plain = votes.page_votes(q, bounds, scale=0.3, heads=heads, backend="reference")
+    scores = 0.3 * votes.page_scores(q.double(), bounds, backend="reference").double()
+    exact = scores.softmax(-1).unflatten(1, (heads, 4 // heads)).sum(2)
+    check(ours, plain, exact, "votes of pages")
+
+
+@pytest.mark.ops("scores")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_queries_of_any_dtype_are_read_as_fp32(dtype: torch.dtype) -> None:
+    q, k = poisoned(rand(2, 4, 3, 40), dtype), poisoned(rand(2, 2, 90, 40, seed=1))
+    small, scales = votes.quantize_keys(k, backend="reference")
+    for keys, options in ((k, {}), (small, {"scales": scales})):
+        ours = votes.token_scores(q, keys, **options, backend="triton")
+        wide = votes.token_scores(q.float(), keys, **options, backend="triton")
+        for a, b in zip(ours, wide, strict=True):
+            assert torch.equal(a, b)
+    bounds = votes.page_bounds(k, 4)
+    ours, wide = (votes.page_scores(x, bounds, backend="triton") for x in (q, q.float()))
+    assert torch.equal(ours, wide)
 
 
 @pytest.mark.ops("scores")
@@ -207,8 +235,8 @@ def test_the_vote_ops_trace_into_one_graph() -> None:
 
     def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         small, scales = vote_kernels.quantize_keys(k, 8)
-        scores, lse = vote_kernels.token_scores(q, small, scales, None, 1, 0.5, True)
-        pages = vote_kernels.page_scores(q, votes.page_bounds(k, 8))
+        scores, lse = vote_kernels.token_scores(q, small, scales, None, 1, 0, 0.5, True)
+        pages, _ = vote_kernels.page_scores(q, votes.page_bounds(k, 8), 0.5, True)
         return vote_kernels.soft_vote(scores, lse, 2), pages
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
@@ -220,15 +248,16 @@ def test_the_vote_ops_trace_into_one_graph() -> None:
 def test_the_fake_vote_ops_agree_with_the_real_ones() -> None:
     q, k = rand(1, 4, 2, 16).to(DEVICE), rand(1, 2, 40, 16).to(DEVICE)
     small, scales = votes.quantize_keys(k, backend="reference")
-    starts = torch.tensor([[[0, 8, 32]]], dtype=torch.int32, device=DEVICE)
+    pages = torch.tensor([[[0, 1, 4]]], dtype=torch.int32, device=DEVICE)
     zeros = torch.zeros(1, 4, 2, 9, device=DEVICE)
     ops = torch.ops.lowcontext_triton
     calls = [
-        (ops.token_scores, (q, k, None, None, 1, 1.0, True)),
-        (ops.token_scores, (q, small, scales, starts, 8, 1.0, False)),
-        (ops.token_scores, (q, small[..., :8].view(torch.uint8), scales, None, 1, 1.0, True)),
+        (ops.token_scores, (q, k, None, None, 1, 0, 1.0, True)),
+        (ops.token_scores, (q.half(), small, scales, pages, 8, 0, 1.0, False)),
+        (ops.token_scores, (q, small[..., :8].view(torch.uint8), scales, None, 1, 0, 1.0, True)),
         (ops.soft_vote, (zeros, zeros[..., 0].clone(), 2)),
-        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE))),
+        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 1.0, False)),
+        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 0.5, True)),
         (ops.quantize_keys, (k.transpose(1, 2).contiguous().transpose(1, 2), 8)),
         (ops.quantize_keys, (k, 4)),
     ]

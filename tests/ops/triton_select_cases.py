@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from lowcontext.ops.hierarchy import (
     hip_tree,
 )
 from lowcontext.ops.hierarchy import triton as search_kernels
+from lowcontext.ops.lists import tile_lists
 from lowcontext.ops.triton import mass, select
 from lowcontext.ops.vertical_slash import line_index
 from lowcontext.ops.vertical_slash import triton as line_kernels
@@ -67,7 +69,8 @@ def test_topk_equals_the_reference(
         monkeypatch.setattr(select, "CHUNK", 64 if N < 700 else 256)
     x = rows_of(kind, N if DEVICE == "cpu" or not long else 100 * N)
     N = x.shape[1]
-    for k in (N // 2, N + 5) if long else (0, 1, N // 2, N, N + 5):
+    # Of a long row a small k is found among the best of its parts.
+    for k in (1, 5, N // 2, N + 5) if long else (0, 1, N // 2, N, N + 5):
         limits = torch.tensor([k, k // 3, 0, N + 9], device=DEVICE)
         ours = votes.topk(x, k, limits=limits, backend="triton")
         plain = votes.topk(x, k, limits=limits, backend="reference")
@@ -78,9 +81,30 @@ def test_topk_equals_the_reference(
 @pytest.mark.ops("topk")
 def test_topk_of_a_row_longer_than_a_program_holds_equals_the_reference() -> None:
     x = rows_of("ties", 20000)[:1]
-    ours = votes.topk(x, 700, backend="triton")
-    plain = votes.topk(x, 700, backend="reference")
+    for k in (700, 5000):
+        ours = votes.topk(x, k, backend="triton")
+        plain = votes.topk(x, k, backend="reference")
+        for a, b in zip(ours, plain, strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.ops("topk")
+@pytest.mark.parametrize("k", [3, 9, 40])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_topk_of_pages_gives_keys(heads: int, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(select, "ROW", 64)  # N is 132: parts for the small k, digits for 40
+        monkeypatch.setattr(select, "CHUNK", 64)
+    scores = torch.cat([rows_of("few", 132)[None, :2, None], rows_of("ties", 132)[None, 2:, None]])
+    gen = torch.Generator().manual_seed(k)
+    ids = torch.rand(2, heads, 50, generator=gen).topk(12).indices.sort().values
+    pages = votes.Pages(ids.to(DEVICE, torch.int32), 11, first=7)
+    ours = votes.topk(scores, k, pages=pages, backend="triton")
+    plain = votes.topk(scores, k, pages=pages, backend="reference")
     for a, b in zip(ours, plain, strict=True):
+        assert torch.equal(a, b)
+    behind = votes.topk(scores, k, first=1000, backend="triton")
+    for a, b in zip(behind, votes.topk(scores, k, first=1000, backend="reference"), strict=True):
         assert torch.equal(a, b)
 
 
@@ -98,14 +122,72 @@ def test_topk_traces_into_one_graph_with_its_fake() -> None:
     limits = torch.tensor([3, 9, 0, 20], dtype=torch.int32, device=DEVICE)
 
     def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
-        return vote_kernels.topk(x, 9, limits)
+        return vote_kernels.topk(x, 9, limits, None, 1, 0)
 
     compiled = torch.compile(chosen, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(x), chosen(x), strict=True):
         assert torch.equal(a, b)
     op = torch.ops.lowcontext_triton.topk.default
-    for args in ((x, 9, limits), (x, 200, None), (x, 0, None)):
+    pages = torch.zeros(4, 10, dtype=torch.int32, device=DEVICE)
+    for args in (
+        (x, 9, limits, None, 1, 0),
+        (x, 200, None, None, 1, 5),
+        (x, 0, None, None, 1, 0),
+        (x, 9, None, pages, 10, 3),
+    ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+LISTS = [
+    {"rows": 1, "width": 16, "low": 70, "sink": 37},
+    {"rows": 5, "width": 16, "low": 99, "sink": 32, "align": 16, "paged": True},
+    {"rows": 3, "width": 8, "low": [60, 55], "sink": 8, "align": 4, "span": 60, "paged": True},
+    {"rows": 2, "width": 1, "low": [0, 90], "span": 2500},
+    {"rows": 40, "width": 4, "low": 10, "sink": 20},
+]
+
+
+def lists_of(given: dict[str, Any]) -> tuple[Tensor, dict[str, Any]]:
+    """Keys [2, 3, 100, 8] and the other arguments of `tile_lists`, on the device."""
+    options = dict(given)
+    if isinstance(options["low"], list):
+        options["low"] = torch.tensor(options["low"], dtype=torch.int32, device=DEVICE)
+    if options.pop("paged", False):
+        ids = torch.arange(4, dtype=torch.int32).expand(2, 3, options["rows"], 4) + 2
+        counts = torch.arange(6 * options["rows"], dtype=torch.int32).view(2, 3, -1) % 5
+        options["pages"] = ids.to(DEVICE), counts.to(DEVICE)
+    return torch.zeros(2, 3, 100, 8, device=DEVICE), options
+
+
+@pytest.mark.ops("lists")
+@pytest.mark.parametrize("given", LISTS, ids=str)
+def test_tile_lists_are_those_of_the_reference(given: dict[str, Any]) -> None:
+    k, options = lists_of(given)
+    ours = tile_lists(k, **options, backend="triton")
+    plain = tile_lists(k, **options, backend="reference")
+    assert torch.equal(ours[0], plain[0])
+    listed = torch.arange(plain[1].shape[3], device=DEVICE) < plain[0][..., None]
+    assert torch.equal(ours[1].where(listed, 0), plain[1].where(listed, 0))
+    assert ours[1].shape == plain[1].shape
+
+
+@pytest.mark.ops("lists")
+def test_tile_lists_trace_into_one_graph_with_their_fake() -> None:
+    for given in LISTS[:3]:
+        k, options = lists_of(given)
+
+        def lists(k: Tensor, options: dict[str, Any] = options) -> tuple[Tensor, Tensor]:
+            return tile_lists(k, **options, backend="triton")
+
+        compiled = torch.compile(lists, backend="aot_eager", fullgraph=True)
+        for a, b in zip(compiled(k), lists(k), strict=True):
+            assert torch.equal(a, b)
+    op = torch.ops.lowcontext_triton.tile_lists.default
+    low = torch.zeros(2, dtype=torch.int32, device=DEVICE)
+    ids = torch.zeros(2, 3, 1, 5, dtype=torch.int32, device=DEVICE)
+    for tensors in ((None, None, None), (low, None, None), (low, ids, ids[..., 0].clone())):
+        arguments = (k, *tensors, 1, 16, 9, 4, 2, 7)
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def weights_of(kind: str, N: int) -> Tensor:

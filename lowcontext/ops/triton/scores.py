@@ -28,11 +28,12 @@ from torch import Tensor
 from lowcontext.ops.triton import interpreted
 from lowcontext.ops.triton.attend import _load_rows
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.votes.reference import query_levels
 
 # fmt: off
 UNSPECIALIZED = [
-    "stride_sb", "stride_sh", "stride_sn", "starts_b", "starts_h", "starts_m",
-    "Hkv", "group", "R", "N", "count", "width", "tiles", "rows", "Hq", "heads",
+    "stride_sb", "stride_sh", "stride_sn", "pages_b", "pages_h", "pages_m",
+    "Hkv", "group", "R", "N", "count", "width", "first", "tiles", "rows", "Hq", "heads",
 ]
 
 
@@ -72,21 +73,38 @@ def add_product(q, k, s, PRODUCTS: tl.constexpr, KEYS_FIRST: tl.constexpr = Fals
     return s
 
 
+@triton.jit
+def _rounded(x, factor):
+    """x [M, BLOCK_D] * factor [M], rounded to even."""
+    # 1.5 * 2^23: a sum with it has no bits below 1, so the adder rounds, ties to even.
+    return x * factor[:, None] + 12582912.0 - 12582912.0
+
+
+@triton.jit
+def _in_steps(q, step):
+    """q [M, BLOCK_D] in whole multiples of step [M]."""
+    steps = tl.where(step > 0.0, step, 1.0)[:, None] + tl.zeros_like(q)
+    return (tl.div_rn(q, steps) + 12582912.0 - 12582912.0) * step[:, None]
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def token_scores_kernel(
-    q_ptr, k_ptr, scales_ptr, starts_ptr, out_ptr, partial_ptr,
+    q_ptr, k_ptr, scales_ptr, pages_ptr, out_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
-    stride_sb, stride_sh, stride_sn, starts_b, starts_h, starts_m,
-    Hkv, group, R, N, count, width, scale,
+    stride_sb, stride_sh, stride_sn, pages_b, pages_h, pages_m,
+    Hkv, group, R, N, count, width, first, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRODUCTS: tl.constexpr, BOUNDS: tl.constexpr, PACKED: tl.constexpr, CAUSAL: tl.constexpr,
+    LEVELS: tl.constexpr,
 ):
     """Scores of BLOCK_N of the N entries for all group * R rows of a KV head, and their LSE.
 
-    Grid (tiles * Hkv, B). Entries are the keys, or with `starts_ptr` the keys of its pages, `width`
-    each. With BOUNDS an entry has 2 * D numbers: its minima, then its maxima. With PACKED queries
-    have 2 * D channels, and byte i of an entry holds channels i and i + D, the first in the low
-    bits. Scores are [B, Hkv, group * R, N], LSEs [B, Hkv, tiles, group * R].
+    Grid (tiles * Hkv, B). Entries are the keys, or with `pages_ptr` the keys of these pages, page n
+    the `width` keys from `first + n * width`. With BOUNDS an entry has 2 * D numbers: its minima,
+    then its maxima. With PACKED queries have 2 * D channels, and byte i of an entry holds channels
+    i and i + D, the first in the low bits. With scales queries are rounded to whole steps, LEVELS
+    of which are their largest element. Scores are [B, Hkv, group * R, N], LSEs [B, Hkv, tiles,
+    group * R].
     """
     tiles = tl.num_programs(0) // Hkv
     tile = tl.program_id(0) % tiles
@@ -95,10 +113,11 @@ def token_scores_kernel(
     entries = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     exists = entries < N
     keys = entries.to(tl.int64)
-    if starts_ptr is not None:
-        pages = starts_ptr + b * starts_b + kv_head * starts_h
-        pages += (entries // width).to(tl.int64) * starts_m
-        keys = tl.load(pages, mask=exists, other=0).to(tl.int64) + entries % width  # [BLOCK_N]
+    if pages_ptr is not None:
+        pages = pages_ptr + b * pages_b + kv_head * pages_h
+        pages += (entries // width).to(tl.int64) * pages_m
+        page = tl.load(pages, mask=exists, other=0).to(tl.int64)
+        keys = page * width + (first + entries % width)  # [BLOCK_N]
     valid = exists & (keys >= 0) & (keys < count)
     k_rows = k_ptr + b * stride_kb + kv_head * stride_kh + keys * stride_kn
     k = _load_rows(k_rows, valid, True, D, BLOCK_D)  # [BLOCK_N, BLOCK_D]
@@ -113,12 +132,23 @@ def token_scores_kernel(
         factor = tl.load(scales_ptr + keys * stride_sn, mask=valid, other=0.0)  # [BLOCK_N]
     rows = group * R
     unit = b * Hkv + kv_head
-    for first in range(0, rows, BLOCK_M):
-        i = first + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+    for row in range(0, rows, BLOCK_M):
+        i = row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         present = i < rows
         head = kv_head * group + i // R
         q_rows = q_ptr + b * stride_qb + head * stride_qh + (i % R).to(tl.int64) * stride_qr
-        q = _load_rows(q_rows, present, True, D, BLOCK_D) * scale  # [BLOCK_M, BLOCK_D]
+        q = _load_rows(q_rows, present, True, D, BLOCK_D).to(tl.float32)  # [BLOCK_M, BLOCK_D]
+        if PACKED:
+            q_high = _load_rows(q_rows + D, present, True, D, BLOCK_D).to(tl.float32)
+        if scales_ptr is not None:
+            largest = tl.max(tl.abs(q), 1)
+            if PACKED:
+                largest = tl.maximum(largest, tl.max(tl.abs(q_high), 1))
+            step = tl.div_rn(largest, tl.full([BLOCK_M], LEVELS, tl.float32))  # [BLOCK_M]
+            q = _in_steps(q, step)
+            if PACKED:
+                q_high = _in_steps(q_high, step)
+        q *= scale
         s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if BOUNDS:
             s = add_product(tl.minimum(q, 0.0), k, s, PRODUCTS)
@@ -126,8 +156,7 @@ def token_scores_kernel(
         else:
             s = add_product(q, k, s, PRODUCTS)
         if PACKED:
-            q = _load_rows(q_rows + D, present, True, D, BLOCK_D) * scale  # [BLOCK_M, BLOCK_D]
-            s = add_product(q, high, s, PRODUCTS)
+            s = add_product(q_high * scale, high, s, PRODUCTS)
         if scales_ptr is not None:
             s *= factor[None, :]
         visible = valid[None, :]
@@ -200,13 +229,6 @@ def soft_vote_kernel(scores_ptr, lse_ptr, out_ptr, Hq, heads, R, N, BLOCK_N: tl.
     tl.store(out, tl.where(seen, votes, float("-inf")), mask=i < N)
 
 
-@triton.jit
-def _rounded(k, factor):
-    """k [BLOCK_N, BLOCK_D] * factor [BLOCK_N], rounded to even."""
-    # 1.5 * 2^23: a sum with it has no bits below 1, so the adder rounds, ties to even.
-    return (k * factor[:, None] + 12582912.0 - 12582912.0).to(tl.int32)
-
-
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def quantize_kernel(
     k_ptr, out_ptr, scales_ptr, stride_kb, stride_kh, stride_kn, Hkv, N,
@@ -231,9 +253,9 @@ def quantize_kernel(
     steps = tl.full([BLOCK_N], 7.0 if PACKED else 127.0, tl.float32)
     nonzero = tl.where(largest > 0.0, largest, 1.0)
     factor = tl.where(largest > 0.0, tl.div_rn(steps, nonzero), 0.0)
-    out = _rounded(k, factor)
+    out = _rounded(k, factor).to(tl.int32)
     if PACKED:
-        out = (out & 15) | (_rounded(high, factor) << 4)
+        out = (out & 15) | (_rounded(high, factor).to(tl.int32) << 4)
     d = tl.arange(0, BLOCK_D)  # [BLOCK_D]
     row = (b * Hkv + h) * N + keys
     stored = (keys < N)[:, None] & (d < D)[None, :]
@@ -256,43 +278,40 @@ def plan_token_scores(
     q: Tensor,
     k: Tensor,
     scales: Tensor | None,
-    starts: Tensor | None,
+    pages: Tensor | None,
     width: int,
+    first: int,
     scale: float,
     causal: bool,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of `votes.token_scores`, and the (scores, lse) that they fill."""
-    N = k.shape[2] if starts is None else starts.shape[2] * width
+    N = k.shape[2] if pages is None else pages.shape[2] * width
     scores = torch.empty((*q.shape[:3], N), dtype=torch.float32, device=q.device)
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    if scores.numel() == 0:
-        return [], scores, lse.fill_(-torch.inf)
-    launch = _score_launch(q, k, scores, scale)
-    args = launch.args
-    args |= {"scales_ptr": scales, "starts_ptr": starts, "width": width, "CAUSAL": causal}
+    more: dict[str, Any] = {"width": width, "first": first, "CAUSAL": causal}
     if scales is not None:
-        args |= zip(("stride_sb", "stride_sh", "stride_sn"), scales.stride(), strict=True)
-    if starts is not None:
-        args |= {
-            "starts_b": 0 if starts.shape[0] == 1 else starts.stride(0),
-            "starts_h": 0 if starts.shape[1] == 1 else starts.stride(1),
-            "starts_m": starts.stride(2),
+        more |= {"scales_ptr": scales, "LEVELS": query_levels(q.shape[3])}
+        more |= zip(("stride_sb", "stride_sh", "stride_sn"), scales.stride(), strict=True)
+    if pages is not None:
+        more |= {
+            "pages_ptr": pages,
+            "pages_b": 0 if pages.shape[0] == 1 else pages.stride(0),
+            "pages_h": 0 if pages.shape[1] == 1 else pages.stride(1),
+            "pages_m": pages.stride(2),
         }
-    B, Hkv = k.shape[:2]
-    tiles, rows = launch.grid[0] // Hkv, args["group"] * args["R"]
-    partial = torch.empty((B, Hkv, tiles, rows), dtype=torch.float32, device=q.device)
-    args["partial_ptr"] = partial
-    return [launch, plan_lse(partial, lse)], scores, lse
+    launches, lse = _scores(q, k, scores, scale, True, more)
+    return launches, scores, lse
 
 
-def plan_page_scores(q: Tensor, bounds: Tensor) -> tuple[list[Launch], Tensor]:
-    """The launches of `votes.page_scores`, and the scores that they fill."""
+def plan_page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches of page scores times `scale`, and the (scores, lse) that they fill.
+
+    lse is empty if not asked for.
+    """
     scores = torch.empty((*q.shape[:3], bounds.shape[2]), dtype=torch.float32, device=q.device)
-    if scores.numel() == 0:
-        return [], scores
-    launch = _score_launch(q, bounds, scores, 1.0)
-    launch.args["BOUNDS"] = True
-    return [launch], scores
+    launches, lse = _scores(q, bounds, scores, scale, normalize, {"BOUNDS": True})
+    return launches, scores, lse
 
 
 def plan_lse(partial: Tensor, lse: Tensor) -> Launch:
@@ -353,8 +372,20 @@ def score_tiles(D: int, kind: str, rows: int) -> tuple[int, int]:
     return (16 if rows <= 16 else 32), keys
 
 
-def _score_launch(q: Tensor, k: Tensor, scores: Tensor, scale: float) -> Launch:
+def _scores(
+    q: Tensor, k: Tensor, scores: Tensor, scale: float, normalize: bool, more: dict[str, Any]
+) -> tuple[list[Launch], Tensor]:
+    """The launches that fill `scores` and the LSE of its rows, and the LSE, empty if not asked for.
+
+    Args:
+        q, k, scores, scale, normalize: as in `plan_token_scores` and `plan_page_scores`.
+        more: arguments of the kernel that only some ops have.
+    """
     B, Hq, R, D = q.shape
+    shape = q.shape[:3] if normalize else (0,)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
+    if scores.numel() == 0:
+        return [], lse.fill_(-torch.inf)
     Hkv, N = k.shape[1], scores.shape[3]
     group = Hq // Hkv
     kind = products(k.dtype)
@@ -363,9 +394,9 @@ def _score_launch(q: Tensor, k: Tensor, scores: Tensor, scale: float) -> Launch:
     args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "out_ptr": scores}
     args |= zip(("stride_qb", "stride_qh", "stride_qr"), q.stride(), strict=False)
     args |= zip(("stride_kb", "stride_kh", "stride_kn"), k.stride(), strict=False)
-    args |= dict.fromkeys(("scales_ptr", "starts_ptr", "partial_ptr"))
+    args |= dict.fromkeys(("scales_ptr", "pages_ptr", "partial_ptr"))
     args |= dict.fromkeys(("stride_sb", "stride_sh", "stride_sn"), 0)
-    args |= dict.fromkeys(("starts_b", "starts_h", "starts_m"), 0)
+    args |= dict.fromkeys(("pages_b", "pages_h", "pages_m", "first"), 0)
     args |= {
         "Hkv": Hkv,
         "group": group,
@@ -382,6 +413,12 @@ def _score_launch(q: Tensor, k: Tensor, scores: Tensor, scale: float) -> Launch:
         "BOUNDS": False,
         "PACKED": k.dtype == torch.uint8,
         "CAUSAL": False,
-    }
-    grid = (triton.cdiv(N, block_n) * Hkv, B)
-    return Launch(token_scores_kernel, grid, args, 4, 1)
+        "LEVELS": 1,
+    } | more
+    tiles = triton.cdiv(N, block_n)
+    launch = Launch(token_scores_kernel, (tiles * Hkv, B), args, 4, 1)
+    if not normalize:
+        return [launch], lse
+    partial = torch.empty((B, Hkv, tiles, group * R), dtype=torch.float32, device=q.device)
+    args["partial_ptr"] = partial
+    return [launch, plan_lse(partial, lse)], lse

@@ -5,10 +5,12 @@
 
 Entries are compared as int32 in the order of the floats, bit by bit, so that a selection is exact
 and the same at every call. A row of up to 16384 entries stays in the registers of one program,
-which finds T in 32 counts, one bit each. Longer rows are cut into chunks of 2048, one program each:
-four passes count the digits of 8 bits from the top, in histograms that the chunks of a row add up
-(integers: the order of the additions does not matter); then each chunk counts what it keeps, and
-after that knows where to write it. Nothing is sorted.
+which finds T in 32 counts, one bit each. Of a longer row each program takes the k best of 16384
+entries, in their order, and the next launch takes the k best of those: two launches for 128K
+entries and k = 2048, three for 1M. Where k is too large for that to shorten the row, it is cut into
+chunks of 2048: four passes count the digits of 8 bits from the top, in histograms that the chunks
+of a row add up (integers: the order of the additions does not matter); then each chunk counts what
+it keeps, and after that knows where to write it. Nothing is sorted.
 """
 
 from __future__ import annotations
@@ -22,15 +24,19 @@ from torch import Tensor
 
 from lowcontext.ops.triton.launch import Launch
 
-# Entries of a row that one program holds, and of a chunk of a longer one. 32768 entries on 16 warps
-# spill 40 bytes on sm_100; a chunk of 4096 on 8 warps spills 8 on sm_90.
+# Entries of a row that one program holds, and of those how many it writes at a time: 16384 on 16
+# warps take 100 registers; on 32 warps, which have 64, they spill up to 56 bytes.
 ROW = 16384
+STEP = 2048
+# Entries of a chunk of a longer row: 4096 on 8 warps spill 8 bytes on sm_90.
 CHUNK = 2048
+# A launch over the best entries of parts of a row must leave it at most this share of its length.
+SHRINK = 4
 # Passes over the digits of a long row.
 DIGITS = 4
 
 # fmt: off
-UNSPECIALIZED = ["N", "k", "chunks", "stride"]
+UNSPECIALIZED = ["N", "k", "chunks", "stride", "parts", "page_stride", "width", "first"]
 
 
 @triton.jit
@@ -74,28 +80,64 @@ def _most(limits_ptr, row, k):
     return k
 
 
+@triton.jit
+def _key_of(i, pages_ptr, row, page_stride, width, first, keep):
+    """The keys of entries i over the pages of a row; without pages entry 0 is key `first`."""
+    if pages_ptr is None:
+        key = first + i
+    else:
+        page = tl.load(pages_ptr + row * page_stride + i // width, mask=keep, other=0)
+        key = page * width + (first + i % width)
+    return key
+
+
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def topk_row_kernel(
-    scores_ptr, limits_ptr, ids_ptr, counts_ptr, stride, N, k, BLOCK: tl.constexpr,
+    scores_ptr, limits_ptr, pages_ptr, ids_ptr, counts_ptr, best_ptr,
+    stride, page_stride, N, k, parts, width, first,
+    BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):
-    """ids [rows, k], zeros beyond the count, and counts [rows], of rows of N <= BLOCK entries.
+    """ids [rows, parts, k], zeros beyond the count, of the k largest of BLOCK entries at a time.
 
-    Grid (rows, 1).
+    With best_ptr also these entries [rows, parts, k], -inf beyond the count, else counts [rows].
+    Grid (rows * parts, 1).
     """
-    row = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)  # [BLOCK]
-    x = tl.load(scores_ptr + row * stride + i, mask=i < N, other=float("-inf"))  # [BLOCK]
-    order = order_of(x)
+    out = tl.program_id(0).to(tl.int64)
+    row = out // parts
+    begin = tl.program_id(0) % parts * BLOCK
+    scores = scores_ptr + row * stride
+    i = begin + tl.arange(0, BLOCK)  # [BLOCK]
+    order = order_of(tl.load(scores + i, mask=i < N, other=float("-inf")))  # [BLOCK]
     most = _most(limits_ptr, row, k)
     t = reaching(order, 1, most)  # the k-th largest
     room = most - tl.sum((order > t).to(tl.int32), 0)
-    keep = kept(order, t, room, 0)
-    rank = tl.cumsum(keep.to(tl.int32), 0)  # [BLOCK]
-    count = tl.max(rank, 0)
-    ids = ids_ptr + row * k
-    tl.store(ids + rank - 1, i, mask=keep)
-    tl.store(ids + i, tl.zeros([BLOCK], tl.int32), mask=(i >= count) & (i < k))
-    tl.store(counts_ptr + row, count)
+    # Loaded again, a few at a time: with all of them there are not registers enough.
+    ids = ids_ptr + out * k
+    count = tl.full([], 0, tl.int32)
+    ties = tl.full([], 0, tl.int32)
+    for first_entry in range(0, tl.minimum(N - begin, BLOCK), STEP):
+        entry = begin + first_entry + tl.arange(0, STEP)  # [STEP]
+        x = tl.load(scores + entry, mask=entry < N, other=float("-inf"))  # [STEP]
+        order_here = order_of(x)
+        keep = kept(order_here, t, room, ties)
+        rank = tl.cumsum(keep.to(tl.int32), 0)  # [STEP]
+        place = count + rank - 1
+        key = _key_of(entry, pages_ptr, row, page_stride, width, first, keep)
+        tl.store(ids + place, key, mask=keep)
+        if best_ptr is not None:
+            tl.store(best_ptr + out * k + place, x, mask=keep)
+        ties += tl.sum((order_here == t).to(tl.int32), 0)
+        count += tl.max(rank, 0)
+    for first_id in range(0, k, STEP):
+        j = first_id + tl.arange(0, STEP)  # [STEP]
+        beyond = (j >= count) & (j < k)
+        tl.store(ids + j, tl.zeros([STEP], tl.int32), mask=beyond)
+        if best_ptr is not None:
+            tl.store(
+                best_ptr + out * k + j, tl.full([STEP], float("-inf"), tl.float32), mask=beyond
+            )
+    if best_ptr is None:
+        tl.store(counts_ptr + row, count)
 
 
 @triton.jit
@@ -179,12 +221,13 @@ def sum_before(counts_ptr, end):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def topk_ids_kernel(
-    scores_ptr, limits_ptr, digits_ptr, above_ptr, ties_ptr, ids_ptr, counts_ptr,
-    stride, N, k, chunks, CHUNK: tl.constexpr,
+    scores_ptr, limits_ptr, pages_ptr, digits_ptr, above_ptr, ties_ptr, ids_ptr, counts_ptr,
+    stride, page_stride, N, k, chunks, width, first,
+    CHUNK: tl.constexpr,
 ):
-    """ids [rows, k] that a chunk keeps, at their places, and by the last chunk counts [rows].
+    """ids [rows, k] that a chunk keeps, at their places; of the last chunk also what is beyond.
 
-    Grid (rows * chunks, 1).
+    That is counts [rows], and zeros for the ids behind them. Grid (rows * chunks, 1).
     """
     row, chunk, i, order = _chunk(scores_ptr, stride, N, chunks, CHUNK)
     t, room = threshold(digits_ptr, row, _most(limits_ptr, row, k), 4, 8)
@@ -192,50 +235,89 @@ def topk_ids_kernel(
     before = sum_before(above_ptr + row * chunks, chunk) + tl.minimum(ties_before, room)
     keep = kept(order, t, room, ties_before)
     rank = tl.cumsum(keep.to(tl.int32), 0)  # [CHUNK]
-    tl.store(ids_ptr + row * k + before + rank - 1, i, mask=keep)
+    ids = ids_ptr + row * k
+    i = _key_of(i, pages_ptr, row, page_stride, width, first, keep)
+    tl.store(ids + before + rank - 1, i, mask=keep)
     if chunk == chunks - 1:
-        tl.store(counts_ptr + row, before + tl.max(rank, 0))
+        count = before + tl.max(rank, 0)
+        tl.store(counts_ptr + row, count)
+        for start in range(0, k, CHUNK):
+            j = start + tl.arange(0, CHUNK)  # [CHUNK]
+            tl.store(ids + j, tl.zeros([CHUNK], tl.int32), mask=(j >= count) & (j < k))
 # fmt: on
 
 
-def plan_topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[list[Launch], Tensor, Tensor]:
+def plan_topk(
+    scores: Tensor,
+    k: int,
+    limits: Tensor | None = None,
+    pages: Tensor | None = None,
+    width: int = 1,
+    first: int = 0,
+) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of `votes.topk`, and the (ids, counts) that they fill.
 
     Args:
         scores: fp32 [rows, N], last dim contiguous.
         k: as there.
         limits: int32 [rows], contiguous.
+        pages, width, first: as in `keys_of`; pages int32 [rows, M], last dim contiguous.
     """
     rows, N = scores.shape
-    width = min(k, N)
-    ids = torch.zeros((rows, width), dtype=torch.int32, device=scores.device)
-    counts = torch.zeros(rows, dtype=torch.int32, device=scores.device)
-    if ids.numel() == 0:
-        return [], ids, counts
-    args: dict[str, Any] = {"scores_ptr": scores, "limits_ptr": limits, "k": width, "N": N}
-    args["stride"] = scores.stride(0)
+    k = min(k, N)
+    counts = torch.empty(rows, dtype=torch.int32, device=scores.device)
+    launches: list[Launch] = []
+    if rows == 0 or k == 0:
+        return launches, counts.new_empty((rows, k)), counts.zero_()
+    while N > ROW and k * SHRINK <= ROW:
+        parts = triton.cdiv(N, ROW)
+        found = counts.new_empty((rows, parts * k))
+        best = torch.empty((rows, parts * k), dtype=torch.float32, device=scores.device)
+        args = _row_arguments(scores, k, limits, pages, width, first)
+        args |= {"ids_ptr": found, "best_ptr": best, "parts": parts, **_blocks(ROW)}
+        launches.append(row_launch(topk_row_kernel, rows * parts, args))
+        scores, pages, width, first, N = best, found, 1, 0, parts * k
+    ids = counts.new_empty((rows, k))
+    args = _row_arguments(scores, k, limits, pages, width, first)
+    args |= {"ids_ptr": ids, "counts_ptr": counts}
     if N <= ROW:
-        block = max(32, triton.next_power_of_2(N))
-        args |= {"ids_ptr": ids, "counts_ptr": counts, "BLOCK": block}
-        return [row_launch(topk_row_kernel, rows, args)], ids, counts
-    chunks = triton.cdiv(N, CHUNK)
-    digits = torch.zeros((rows, DIGITS, 256), dtype=torch.int32, device=scores.device)
-    parts = torch.empty((2, rows, chunks), dtype=torch.int32, device=scores.device)
-    args |= {"digits_ptr": digits, "chunks": chunks, "CHUNK": CHUNK}
-    grid = (rows * chunks, 1)
+        args |= _blocks(max(32, triton.next_power_of_2(N)))
+        return [*launches, row_launch(topk_row_kernel, rows, args)], ids, counts
+    return _digit_launches(args, rows), ids, counts
+
+
+def _row_arguments(
+    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+) -> dict[str, Any]:
+    args: dict[str, Any] = {"scores_ptr": scores, "limits_ptr": limits, "pages_ptr": pages}
+    args |= {"counts_ptr": None, "best_ptr": None, "parts": 1}
+    args |= {"stride": scores.stride(0), "page_stride": 0 if pages is None else pages.stride(0)}
+    return args | {"N": scores.shape[1], "k": k, "width": width, "first": first}
+
+
+def _blocks(entries: int) -> dict[str, int]:
+    return {"BLOCK": entries, "STEP": min(entries, STEP)}
+
+
+def _digit_launches(args: dict[str, Any], rows: int) -> list[Launch]:
+    """The launches for rows of which too much is taken: `args` are those of a single row."""
+    chunks = triton.cdiv(args["N"], CHUNK)
+    grid, like = (rows * chunks, 1), args["counts_ptr"]
+    digits = like.new_zeros((rows, DIGITS, 256))
+    parts = like.new_empty((2, rows, chunks))
+    shared = {name: args[name] for name in ("scores_ptr", "limits_ptr", "stride", "N", "k")}
+    shared |= {"digits_ptr": digits, "chunks": chunks, "CHUNK": CHUNK}
     launches = [
-        Launch(digits_kernel, grid, args | {"PASS": number}, 8, 1) for number in range(DIGITS)
+        Launch(digits_kernel, grid, shared | {"PASS": number}, 8, 1) for number in range(DIGITS)
     ]
-    args |= {"above_ptr": parts[0], "ties_ptr": parts[1]}
-    launches.append(Launch(topk_counts_kernel, grid, args, 8, 1))
-    args = args | {"ids_ptr": ids, "counts_ptr": counts}
-    launches.append(Launch(topk_ids_kernel, grid, args, 8, 1))
-    return launches, ids, counts
+    shared |= {"above_ptr": parts[0], "ties_ptr": parts[1]}
+    launches.append(Launch(topk_counts_kernel, grid, shared, 8, 1))
+    for name in ("pages_ptr", "page_stride", "width", "first", "ids_ptr", "counts_ptr"):
+        shared = shared | {name: args[name]}
+    return [*launches, Launch(topk_ids_kernel, grid, shared, 8, 1)]
 
 
 def row_launch(kernel: Any, rows: int, args: dict[str, Any]) -> Launch:
     """The launch of a kernel that holds a row of BLOCK entries in the registers of one program."""
-    warps = max(1, min(32, args["BLOCK"] // 512))
-    # 16 warps for 16384 entries spill 8 bytes with triton 3.6, and 32 on sm_100 with 3.7 if given
-    # 128 registers.
+    warps = max(1, min(16, args["BLOCK"] // 512))
     return Launch(kernel, (rows, 1), args, warps, 1)

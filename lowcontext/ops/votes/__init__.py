@@ -17,11 +17,14 @@ from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
 from lowcontext.ops.votes import native, reference, triton
+from lowcontext.ops.votes._pages import Pages
 
 __all__ = [
+    "Pages",
     "mass_mask",
     "page_bounds",
     "page_scores",
+    "page_votes",
     "quantize_keys",
     "soft_vote",
     "token_scores",
@@ -32,7 +35,7 @@ BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 # Entries of a row whose masses, below 2^40 each, sum up in 64 bits.
 _MAX_MASSES = 2**23
-_KEY_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_scores(
@@ -42,7 +45,7 @@ def token_scores(
     scale: float = 1.0,
     causal: bool = True,
     scales: Tensor | None = None,
-    pages: tuple[Tensor, int] | None = None,
+    pages: Pages | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Scores keys with queries; each key is read once for all query heads of its KV head.
@@ -50,7 +53,7 @@ def token_scores(
     scores[b, h, r, i] = scale * q[b, h, r] . k[b, h // G, i], and lse their log-sum-exp over i.
 
     Args:
-        q: fp32 [B, Hq, R, D].
+        q: [B, Hq, R, D], a floating dtype, read as fp32.
         k: [B, Hkv, N, D], a floating dtype, last dim contiguous; or what `quantize_keys` made of
             keys, with `scales`: int8, or uint8 [B, Hkv, N, D / 2]. Queries are then rounded to 15
             bits and a sign in steps of their largest element, which the kernels multiply as such.
@@ -58,8 +61,8 @@ def token_scores(
         causal: row r scores the first `N - (R - 1 - r)` keys, the others are -inf. With `pages`
             every row scores every key of them.
         scales: fp32 [B, Hkv, N]; key i is `scales[i]` times its integers.
-        pages: (int32 [B or 1, Hkv or 1, M], width): score only the `width` keys from each of these
-            positions; N is then `M * width`. A page must lie within the keys.
+        pages: score only the keys of these pages; N is then `M * width`. A page must lie within
+            the keys.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -76,9 +79,9 @@ def token_scores(
         >>> scores.shape, lse.shape
         (torch.Size([1, 8, 1, 1000]), torch.Size([1, 8, 1]))
     """
-    _check_float32("q", q, 4)
+    _check_queries(q)
     whole = k.dtype in (torch.int8, torch.uint8)
-    if not whole and k.dtype not in _KEY_DTYPES:
+    if not whole and k.dtype not in _FLOATS:
         raise TypeError(f"k: expected a floating dtype, int8 or uint8, got {k.dtype}")
     if k.dtype == torch.uint8 and q.shape[3] % 2:
         raise ValueError(f"q: expected an even last dim with uint8 keys, got {q.shape[3]}")
@@ -94,21 +97,14 @@ def token_scores(
             raise ValueError(
                 f"scales: expected shape {list(k.shape[:3])}, got {list(scales.shape)}"
             )
-    starts, width = pages if pages is not None else (None, 1)
-    if starts is not None:
-        if starts.dtype != torch.int32 or starts.dim() != 3:
-            raise ValueError(f"pages: expected int32 [B, H, M], got {starts.dtype} {starts.shape}")
-        if starts.shape[0] not in (1, k.shape[0]) or starts.shape[1] not in (1, k.shape[1]):
-            raise ValueError(
-                f"pages: expected shape [1 or {k.shape[0]}, 1 or {k.shape[1]}, M], "
-                f"got {list(starts.shape)}"
-            )
-        if not 0 < width <= k.shape[2]:
-            raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {width}")
-    if whole:
-        q = _round_queries(q)
+    ids, width, first = None, 1, 0
+    if pages is not None:
+        _check_pages(pages, *k.shape[:2])
+        if pages.width > k.shape[2]:
+            raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {pages.width}")
+        ids, width, first = pages.ids, pages.width, pages.first
     run = _dispatch.implementation(BACKENDS, "token_scores", backend, k)
-    return run(q, k, scales, starts, width, float(scale), causal and starts is None)
+    return run(q, k, scales, ids, width, first, float(scale), causal and ids is None)
 
 
 def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "auto") -> Tensor:
@@ -148,7 +144,13 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
 
 
 def topk(
-    scores: Tensor, k: int, *, limits: Tensor | None = None, backend: str = "auto"
+    scores: Tensor,
+    k: int,
+    *,
+    limits: Tensor | None = None,
+    first: int = 0,
+    pages: Pages | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Ids of the largest entries of each row, ascending; of equal entries the lower ids.
 
@@ -156,6 +158,9 @@ def topk(
         scores: fp32 [..., N]; entries that are -inf or NaN are never taken.
         k: most entries to take from a row.
         limits: int [...], fewer for some rows; k for all if not given.
+        first: id of the first entry of a row.
+        pages: what `token_scores` took; the ids are then keys, not entries. Scores are [B, H, R,
+            M * width], and the pages ascend.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -181,8 +186,20 @@ def topk(
         if limits.dtype not in _checks.INT_DTYPES:
             raise TypeError(f"limits: expected an int tensor, got {limits.dtype}")
         limits = _checks.to_int32(limits).expand(rows).reshape(-1)
+    of_pages, width = None, 1
+    if pages is not None:
+        if first:
+            raise ValueError(f"first: expected 0 with pages, got {first}")
+        width, first, M = pages.width, pages.first, pages.ids.shape[-1]
+        if len(rows) != 3 or scores.shape[3] != M * width:
+            raise ValueError(
+                f"scores: expected [B, H, R, {M * width}] with pages, got {list(scores.shape)}"
+            )
+        _check_pages(pages, *rows[:2])
+        of_pages = pages.ids[:, :, None].expand(*rows, M).reshape(-1, M)
     flat = scores.reshape(math.prod(rows), scores.shape[-1])
-    ids, counts = _dispatch.implementation(BACKENDS, "topk", backend, scores)(flat, k, limits)
+    run = _dispatch.implementation(BACKENDS, "topk", backend, scores)
+    ids, counts = run(flat, k, limits, of_pages, width, first)
     return ids.view(*rows, ids.shape[-1]), counts.view(rows)
 
 
@@ -269,7 +286,7 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     section 3).
 
     Args:
-        q: fp32 [B, Hq, R, D].
+        q: [B, Hq, R, D], a floating dtype, read as fp32.
         bounds: [B, Hkv, P, 2 * D], a floating dtype, as from `page_bounds`.
         backend: "auto", "native", "triton" or "reference".
 
@@ -279,11 +296,38 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    _check_float32("q", q, 4)
+    return _page_scores(q, bounds, 1.0, False, backend)[0]
+
+
+def page_votes(
+    q: Tensor, bounds: Tensor, *, scale: float = 1.0, heads: int = 1, backend: str = "auto"
+) -> Tensor:
+    """The soft vote of the heads on pages, by the bounds of `page_scores`.
+
+    Args:
+        q, bounds, backend: as there.
+        scale: factor of the bounds before the softmax.
+        heads: lists wanted, as in `soft_vote`.
+
+    Returns:
+        fp32 [B, heads, R, P].
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; the message names it.
+    """
+    scores, lse = _page_scores(q, bounds, float(scale), True, backend)
+    return soft_vote(scores, lse, heads=heads, backend=backend)
+
+
+def _page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, backend: str
+) -> tuple[Tensor, Tensor]:
+    _check_queries(q)
     _check_heads(q, "bounds", bounds, 2 * q.shape[3])
-    if bounds.dtype not in _KEY_DTYPES:
+    if bounds.dtype not in _FLOATS:
         raise TypeError(f"bounds: expected a floating dtype, got {bounds.dtype}")
-    return _dispatch.implementation(BACKENDS, "page_scores", backend, bounds)(q, bounds)
+    run = _dispatch.implementation(BACKENDS, "page_scores", backend, bounds)
+    return run(q, bounds, scale, normalize)
 
 
 def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -303,7 +347,7 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if not isinstance(k, Tensor) or k.dtype not in _KEY_DTYPES:
+    if not isinstance(k, Tensor) or k.dtype not in _FLOATS:
         got = k.dtype if isinstance(k, Tensor) else type(k).__name__
         raise TypeError(f"k: expected a floating dtype, got {got}")
     if k.dim() != 4:
@@ -315,11 +359,22 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
     return _dispatch.implementation(BACKENDS, "quantize_keys", backend, k)(k, bits)
 
 
-def _round_queries(q: Tensor) -> Tensor:
-    """Queries in 16-bit steps, so that sums of D products with 8-bit keys fit 32 bits."""
-    levels = min(32767, (2**31 - 1) // (127 * max(q.shape[3], 1)))
-    step = q.abs().amax(dim=-1, keepdim=True) / levels
-    return (q / torch.where(step > 0, step, 1.0)).round() * step
+def _check_queries(q: Tensor) -> None:
+    if not isinstance(q, Tensor) or q.dtype not in _FLOATS:
+        got = q.dtype if isinstance(q, Tensor) else type(q).__name__
+        raise TypeError(f"q: expected a floating dtype, got {got}")
+    if q.dim() != 4:
+        raise ValueError(f"q: expected 4 dimensions, got shape {list(q.shape)}")
+
+
+def _check_pages(pages: Pages, B: int, H: int) -> None:
+    ids = pages.ids
+    if ids.dtype != torch.int32 or ids.dim() != 3:
+        raise ValueError(f"pages: expected int32 [B, H, M], got {ids.dtype} {list(ids.shape)}")
+    if ids.shape[0] not in (1, B) or ids.shape[1] not in (1, H):
+        raise ValueError(f"pages: expected shape [1 or {B}, 1 or {H}, M], got {list(ids.shape)}")
+    if pages.width < 1:
+        raise ValueError(f"pages: expected a width of at least 1, got {pages.width}")
 
 
 def _check_float32(name: str, x: Tensor, dims: int) -> None:

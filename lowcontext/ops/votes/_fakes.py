@@ -10,14 +10,16 @@ def token_scores(
     q: Tensor,
     k: Tensor,
     scales: Tensor | None,
-    starts: Tensor | None,
+    pages: Tensor | None,
     width: int,
+    first: int,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes of `lowcontext.ops.votes.token_scores`."""
-    N = k.shape[2] if starts is None else starts.shape[2] * width
-    return q.new_empty(*q.shape[:3], N), q.new_empty(q.shape[:3])
+    N = k.shape[2] if pages is None else pages.shape[2] * width
+    scores = q.new_empty(*q.shape[:3], N, dtype=torch.float32)
+    return scores, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
@@ -25,7 +27,9 @@ def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
     return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
 
 
-def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+def topk(
+    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+) -> tuple[Tensor, Tensor]:
     """Shapes of `lowcontext.ops.votes.topk`."""
     rows, N = scores.shape
     ids = scores.new_empty((rows, min(k, N)), dtype=torch.int32)
@@ -37,9 +41,10 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return weights.new_empty(weights.shape, dtype=torch.bool)
 
 
-def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
-    """Shapes of `lowcontext.ops.votes.page_scores`."""
-    return q.new_empty(*q.shape[:3], bounds.shape[2])
+def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Shapes of the scores of pages and of their LSE, which is empty if not asked for."""
+    scores = q.new_empty(*q.shape[:3], bounds.shape[2], dtype=torch.float32)
+    return scores, scores.new_empty(q.shape[:3] if normalize else 0)
 
 
 def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -7,14 +7,18 @@ from torch import Tensor
 
 from lowcontext.ops.native import loader
 from lowcontext.ops.votes import _fakes
+from lowcontext.ops.votes._pages import keys_of
+from lowcontext.ops.votes.reference import round_queries
 
 _load = loader(
     {
-        "token_scores": _fakes.token_scores,
+        "token_scores": lambda q, k, scales, starts, width, scale, causal: _fakes.token_scores(
+            q, k, scales, starts, width, 0, scale, causal
+        ),
         "soft_vote": _fakes.soft_vote,
-        "topk": _fakes.topk,
+        "topk": lambda scores, k, limits: _fakes.topk(scores, k, limits, None, 1, 0),
         "mass_mask": _fakes.mass_mask,
-        "page_scores": _fakes.page_scores,
+        "page_scores": lambda q, bounds: _fakes.page_scores(q, bounds, 1.0, False)[0],
         "quantize_keys": _fakes.quantize_keys,
     }
 )
@@ -36,15 +40,16 @@ def token_scores(
     q: Tensor,
     k: Tensor,
     scales: Tensor | None,
-    starts: Tensor | None,
+    pages: Tensor | None,
     width: int,
+    first: int,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.token_scores`."""
     _load()
-    q = q if q.stride(3) == 1 else q.contiguous()
-    starts = starts if starts is None or starts.stride(2) == 1 else starts.contiguous()
+    q = _rows(q) if scales is None else round_queries(q)
+    starts = None if pages is None else pages * width + first
     return torch.ops.lowcontext.token_scores(q, k, scales, starts, width, scale, causal)
 
 
@@ -54,11 +59,14 @@ def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
     return torch.ops.lowcontext.soft_vote(scores.contiguous(), lse.contiguous(), heads)
 
 
-def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `lowcontext.ops.votes.topk`; scores [rows, N]."""
+def topk(
+    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """See `lowcontext.ops.votes.topk`; scores [rows, N], pages [rows, M]."""
     _load()
     limits = None if limits is None else limits.contiguous()
-    return torch.ops.lowcontext.topk(scores.contiguous(), k, limits)
+    ids, counts = torch.ops.lowcontext.topk(scores.contiguous(), k, limits)
+    return keys_of(ids, counts, pages, width, first), counts
 
 
 def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
@@ -68,13 +76,20 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return torch.ops.lowcontext.mass_mask(weights.contiguous(), share, forced)
 
 
-def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
-    """See `lowcontext.ops.votes.page_scores`."""
+def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Scores of pages times `scale` and, if asked for, their LSE."""
     _load()
-    return torch.ops.lowcontext.page_scores(q if q.stride(3) == 1 else q.contiguous(), bounds)
+    q = _rows(q) if scale == 1.0 else q.float() * scale
+    scores = torch.ops.lowcontext.page_scores(q, bounds)
+    return scores, scores.logsumexp(dim=-1) if normalize else scores.new_empty(0)
 
 
 def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.quantize_keys`."""
     _load()
     return torch.ops.lowcontext.quantize_keys(k, bits)
+
+
+def _rows(q: Tensor) -> Tensor:
+    q = q.float()
+    return q if q.stride(3) == 1 else q.contiguous()

@@ -6,6 +6,8 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from lowcontext.ops.votes._pages import keys_of
+
 # Matrix products, a softmax and a top-k over whole tensors.
 FIT_FOR_GPU = True
 
@@ -19,18 +21,20 @@ def token_scores(
     q: Tensor,
     k: Tensor,
     scales: Tensor | None,
-    starts: Tensor | None,
+    pages: Tensor | None,
     width: int,
+    first: int,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.token_scores`."""
     R, Hkv = q.shape[2], k.shape[1]
+    q = q.float() if scales is None else round_queries(q)
     if k.dtype == torch.uint8:
         k = _unpack(k)
-    if starts is not None:
-        offsets = torch.arange(width, device=k.device)
-        keys = (starts.long()[..., None] + offsets).flatten(2).expand(*k.shape[:2], -1)
+    if pages is not None:
+        offsets = torch.arange(first, first + width, device=k.device)
+        keys = (pages.long()[..., None] * width + offsets).flatten(2).expand(*k.shape[:2], -1)
         k = k.gather(2, keys[..., None].expand(-1, -1, -1, k.shape[3]))
         scales = None if scales is None else scales.gather(2, keys)
     grouped = rearrange(q * scale, "b (h g) r d -> b h (g r) d", h=Hkv)
@@ -54,8 +58,15 @@ def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
     return votes.masked_fill(none, -torch.inf)
 
 
-def topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
-    """See `lowcontext.ops.votes.topk`; scores [rows, N]."""
+def topk(
+    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """See `lowcontext.ops.votes.topk`; scores [rows, N], pages [rows, M]."""
+    ids, counts = _topk(scores, k, limits)
+    return keys_of(ids, counts, pages, width, first), counts
+
+
+def _topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     N = scores.shape[-1]
     width = min(k, N)
     if width == 0:
@@ -108,13 +119,15 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return (keep if forced is None else keep | forced) & part
 
 
-def page_scores(q: Tensor, bounds: Tensor) -> Tensor:
-    """See `lowcontext.ops.votes.page_scores`."""
+def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+    """Scores of pages times `scale` and, if asked for, their LSE."""
+    q = q.float() * scale
     # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.
     signed = torch.cat([q.clamp(max=0), q.clamp(min=0)], dim=-1)
     grouped = rearrange(signed, "b (h g) r d -> b h (g r) d", h=bounds.shape[1])
     scores = grouped @ bounds.float().transpose(2, 3)
-    return scores.reshape(*q.shape[:3], bounds.shape[2])
+    scores = scores.reshape(*q.shape[:3], bounds.shape[2])
+    return scores, scores.logsumexp(dim=-1) if normalize else scores.new_empty(0)
 
 
 def quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -135,3 +148,15 @@ def _unpack(k: Tensor) -> Tensor:
     """The signed 4-bit integers of uint8 [..., D / 2] as int8 [..., D]."""
     k = k.view(torch.int8)
     return torch.cat([k << 4 >> 4, k >> 4], dim=-1)
+
+
+def query_levels(D: int) -> int:
+    """Steps of a query's largest element, so that a sum of D products with int8 fits 32 bits."""
+    return min(32767, (2**31 - 1) // (127 * max(D, 1)))
+
+
+def round_queries(q: Tensor) -> Tensor:
+    """fp32 queries, each in whole steps of its largest element."""
+    q = q.float()
+    step = q.abs().amax(dim=-1, keepdim=True) / query_levels(q.shape[3])
+    return (q / torch.where(step > 0, step, 1.0)).round() * step

@@ -34,15 +34,16 @@ def _token_scores(
     q: Tensor,
     k: Tensor,
     scales: Tensor | None,
-    starts: Tensor | None,
+    pages: Tensor | None,
     width: int,
+    first: int,
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton import scores
 
-    q = q if q.stride(3) == 1 else q.contiguous()
-    launches, out, lse = scores.plan_token_scores(q, k, scales, starts, width, scale, causal)
+    plan = scores.plan_token_scores
+    launches, out, lse = plan(_rows(q), k, scales, pages, width, first, scale, causal)
     execute(launches, q.device)
     return out, lse
 
@@ -55,12 +56,15 @@ def _soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
     return votes
 
 
-def _topk(scores: Tensor, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
+def _topk(
+    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton.select import plan_topk
 
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     limits = limits if limits is None else limits.contiguous()
-    launches, ids, counts = plan_topk(scores, k, limits)
+    pages = pages if pages is None or pages.stride(1) == 1 else pages.contiguous()
+    launches, ids, counts = plan_topk(scores, k, limits, pages, width, first)
     execute(launches, scores.device)
     return ids, counts
 
@@ -74,12 +78,12 @@ def _mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return keep
 
 
-def _page_scores(q: Tensor, bounds: Tensor) -> Tensor:
+def _page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton import scores
 
-    launches, out = scores.plan_page_scores(q if q.stride(3) == 1 else q.contiguous(), bounds)
+    launches, out, lse = scores.plan_page_scores(_rows(q), bounds, scale, normalize)
     execute(launches, q.device)
-    return out
+    return out, lse
 
 
 def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -88,6 +92,11 @@ def _quantize_keys(k: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     launches, small, scales = plan_quantize_keys(k, bits)
     execute(launches, k.device)
     return small, scales
+
+
+def _rows(q: Tensor) -> Tensor:
+    q = q.float() if q.dtype == torch.float64 else q
+    return q if q.stride(3) == 1 else q.contiguous()
 
 
 # See the functions of the same names in `lowcontext.ops.votes`.
