@@ -61,6 +61,8 @@ class Stage:
         log: file under `--out` that its output is appended to.
         least: seconds that are kept for it.
         most: seconds after which it is ended.
+        plans: whether it takes `--limit SECONDS` and begins only what it can finish.
+        asked: whether it runs only where `--only` names it.
     """
 
     name: str
@@ -68,6 +70,8 @@ class Stage:
     log: str
     least: float
     most: float
+    plans: bool = False
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,15 @@ def stages(out: Path, commit: str | None) -> list[Stage]:
     workers = ["-n", str(min(12, os.cpu_count() or 1))] if find_spec("xdist") else []
     outcomes = ["-p", "bench.outcomes", "--outcomes", str(out / "tests.jsonl")]
     test = [*python, "pytest", *workers, *outcomes, "--durations=15", *TESTS]
-    bench = [*python, "bench.run", "--suite", "gpu", "--out", str(out)]
-    bench += ["--tests", str(out / "tests.jsonl")]
+    bench = [*python, "bench.run", "--out", str(out), "--tests", str(out / "tests.jsonl")]
     bench += ["--commit", commit] * (commit is not None)
     # `info` says which backends run here, and why the others do not.
     build = ["sh", "-ec", '"$0" setup.py --quiet build_ext --inplace; "$0" -m lowcontext.cli info']
     found = [
         Stage("build", [*build, sys.executable], "build.log", 20, 90),
         Stage("test", test, "test.log", 60, 170),
-        Stage("bench", bench, "bench.log", 120, 420),
+        Stage("bench", [*bench, "--suite", "gpu"], "bench.log", 120, 420, plans=True),
+        Stage("tune", [*bench, "--suite", "tune"], "bench.log", 90, 540, plans=True, asked=True),
     ]
     sanitizer = shutil.which("compute-sanitizer")
     small = [*python, "pytest", "-p", "no:cacheprovider", "-m", "small", TESTS[0]]
@@ -118,8 +122,8 @@ def run(stage: Stage, out: Path, seconds: float) -> Result:
     """Runs a stage, with all it starts, for at most so many seconds."""
     start = time.monotonic()
     command = stage.command
-    if stage.name == "bench":
-        # It plans its cases by the time it has, and needs some to write its last row.
+    if stage.plans:
+        # Some time is left to write the last row.
         command = [*command, "--limit", str(int(seconds - 10))]
     env = {**os.environ, "PYTHONUNBUFFERED": "1"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
@@ -201,7 +205,8 @@ def main() -> int:
     out = options.out.absolute()
     chosen = stages(out, options.commit)
     names = [stage.name for stage in chosen]
-    only = options.only.split(",") if options.only else names
+    unasked = [stage.name for stage in chosen if not stage.asked]
+    only = options.only.split(",") if options.only else unasked
     for name in only:
         if name not in names:
             parser.error(f"--only: expected some of {','.join(names)}, got {name!r}")

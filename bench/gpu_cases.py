@@ -17,6 +17,7 @@ from bench.dense import best, dense_calls, flex_call
 from bench.device import Device
 from bench.oracle import sampled_error
 from bench.timing import Times
+from lowcontext.ops.triton import interpreted
 
 Row = dict[str, Any]
 Call = Callable[[], Any]
@@ -67,11 +68,12 @@ class Case(ABC):
     def rows(self, device: Device) -> Iterator[Row]:
         """Checks and times its candidates."""
 
-    def qkv(self, device: Device, Lq: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Random q, k, v."""
+    def qkv(self, device: Device, Lq: int, D: int = D) -> tuple[Tensor, Tensor, Tensor]:
+        """Random q, k, v; in fp16 where triton's interpreter runs, which has no bf16."""
+        dtype = torch.float16 if interpreted() else DTYPE
         shapes = [(self.Hq, Lq), (self.Hkv, self.L), (self.Hkv, self.L)]
         q, k, v = (
-            device.randn(self.B, h, n, D, dtype=DTYPE, seed=i) for i, (h, n) in enumerate(shapes)
+            device.randn(self.B, h, n, D, dtype=dtype, seed=i) for i, (h, n) in enumerate(shapes)
         )
         return q, k, v
 

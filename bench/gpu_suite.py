@@ -30,12 +30,23 @@ from bench.outcomes import Outcomes
 from bench.timing import environment
 
 K = 1024
+SUITES = ("gpu", "tune")
 # A case is not begun with less time left than this share of its limit.
 _LEAST = 0.5
 
 
+def suite_cases(suite: str) -> Iterator[Case]:
+    """The cases of one of `SUITES`, the weightiest first."""
+    if suite == "gpu":
+        return cases()
+    # It needs triton, which a benchmark on a CPU does without.
+    from bench import gpu_tune
+
+    return gpu_tune.cases()
+
+
 def cases() -> Iterator[Case]:
-    """Every case, the weightiest first."""
+    """Every case of the suite "gpu"."""
     seven = {"Hq": 28, "Hkv": 4}
     yield Ceilings()
     yield Prefill(32 * K)
@@ -69,7 +80,7 @@ def cases() -> Iterator[Case]:
 
 @dataclass(frozen=True)
 class Run:
-    """One run of the suite.
+    """One run of a suite.
 
     Args:
         device: where it runs.
@@ -78,6 +89,7 @@ class Run:
         only: run the cases whose name contains this.
         tests: JSONL file of the outcomes of the tests, or None.
         commit: of the tree, where git does not know it.
+        suite: one of `SUITES`.
     """
 
     device: Device
@@ -86,6 +98,7 @@ class Run:
     only: str = ""
     tests: Path | None = None
     commit: str | None = None
+    suite: str = "gpu"
 
     def all(self, chosen: list[Case], restart: Callable[[], None] | None = None) -> bool:
         """Runs the cases that have no row in the file yet, or one for which no time was left.
@@ -100,7 +113,7 @@ class Run:
         done = self._done()
         where = environment() | self.device.versions()
         where["commit"] = where["commit"] or self.commit
-        where["suite"] = "gpu dry run" if self.device.tiny else "gpu"
+        where["suite"] = self.suite + " dry run" * self.device.tiny
         outcomes = Outcomes.read(self.tests)
         monitor = None if self.device.tiny else Monitor()
         with self.path.open("a") as file:
@@ -116,7 +129,8 @@ class Run:
 
     def again(self) -> None:
         """Replaces this process by one that goes on behind the rows in the file."""
-        command = [sys.executable, "-m", "bench.run", "--suite", "gpu", "--resume", str(self.path)]
+        command = [sys.executable, "-m", "bench.run", "--suite", self.suite]
+        command += ["--resume", str(self.path)]
         command += ["--limit", str(max(0.0, self.until - time.time())), "--only", self.only]
         if self.tests is not None:
             command += ["--tests", str(self.tests)]
@@ -218,6 +232,7 @@ def line(row: Row) -> str:
     for key, title in (
         ("density", "density"),
         ("speedup_over_dense", "x dense"),
+        ("speedup_over_table", "x table"),
         ("efficiency", "efficiency"),
         ("select_share", "select"),
         ("tflops", "TFLOP/s"),

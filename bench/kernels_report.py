@@ -27,7 +27,7 @@ from torch import Tensor
 from bench import score_kernels
 from bench.score_kernels import AnyScoreConfig
 from lowcontext import BlockIndex
-from lowcontext.ops.triton.launch import Launch, Problem, Target, plan
+from lowcontext.ops.triton.launch import Launch, Problem, Target, Tiles, plan
 from lowcontext.ops.triton.resources import SHARED_LIMIT, Resources, compile_launch
 
 app = typer.Typer(add_completion=False)
@@ -45,7 +45,8 @@ class Config:
     Args:
         phase: "prefill" (4096 queries) or "decode" (1 query), over 64K - 1 keys.
         dtype, D: of q, k, v.
-        keys: "tiles" of 64, "pages" of 16, "columns" (tiles and columns) or "dense".
+        keys: "tiles" of 64, "blocks" of 128, "pages" of 16, "columns" (tiles and columns) or
+            "dense".
         rows: queries per block in prefill; query heads per KV head in decode.
         extras: also softcap, kv_start, and for "dense" a window.
     """
@@ -63,8 +64,13 @@ class Config:
         parts = [self.phase, self.dtype, f"D={self.D}", self.keys, f"rows={self.rows}"]
         return " ".join([*parts, "extras"] if self.extras else parts)
 
-    def launches(self, capability: int) -> list[Launch]:
-        """The launches of this problem on a device with 132 multiprocessors."""
+    def launches(self, capability: int, tiles: Tiles | None = None) -> list[Launch]:
+        """The launches of this problem on a device with 132 multiprocessors.
+
+        Args:
+            capability: of the device.
+            tiles: in place of those of the tables.
+        """
         decode = self.phase == "decode"
         Hkv, Lk, dtype = 8, 65535, getattr(torch, self.dtype)
         Hq, Lq, block_q = (Hkv * self.rows, 1, 1) if decode else (4 * Hkv, 4096, self.rows)
@@ -78,7 +84,7 @@ class Config:
             index = BlockIndex(
                 _int32(1, Hkv, Nq),
                 _int32(1, Hkv, Nq, 64),
-                (block_q, 16 if self.keys == "pages" else 64),
+                (block_q, {"pages": 16, "blocks": 128}.get(self.keys, 64)),
                 _int32(1, Hkv, Nq) if columns else None,
                 _int32(1, Hkv, Nq, 1024) if columns else None,
             )
@@ -87,7 +93,7 @@ class Config:
             softcap, kv_start = 50.0, _int32(1)
             window = 4096 if index is None else 0
         problem = Problem(q, k, v, index, self.D**-0.5, softcap, window, kv_start)
-        return plan(problem, Target(capability, 132))[0]
+        return plan(problem, Target(capability, 132), tiles)[0]
 
 
 AnyConfig = Config | AnyScoreConfig
@@ -163,7 +169,7 @@ def failed(line: dict[str, str | int]) -> bool:
 @app.command()
 def main(
     every: Annotated[bool, typer.Option("--all", help="Every configuration; minutes.")] = False,
-    arch: Annotated[list[int], typer.Option(help="80, 86, 89, 90 or 100; repeatable.")] = list(  # noqa: B006
+    arch: Annotated[list[int], typer.Option(help="80, 86, 89, 90, 100, 120; repeatable.")] = list(  # noqa: B006
         ARCHITECTURES
     ),
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object per line.")] = False,

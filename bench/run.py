@@ -3,6 +3,7 @@
 python -m bench.run --suite cpu-prefill --suite cpu-decode
 python -m bench.run --suite gpu
 python -m bench.run --suite gpu --dry-run      its code on the CPU, at sizes without meaning
+TRITON_INTERPRET=1 python -m bench.run --suite tune --dry-run
 """
 
 from __future__ import annotations
@@ -26,14 +27,16 @@ import lowcontext
 from bench.cases import SUITES, Case, as_cached
 from bench.dense import flex_call
 from bench.device import Device
-from bench.gpu_suite import Run, cases
+from bench.gpu_suite import SUITES as GPU_SUITES
+from bench.gpu_suite import Run, suite_cases
 from bench.timing import Times, environment, interleave, matmul_rate, read_bandwidth
 from lowcontext import BlockIndex
+from lowcontext.ops.triton import interpreted
 
 console = Console()
 app = typer.Typer(add_completion=False)
 
-NAMES = [*SUITES, "gpu"]
+NAMES = [*SUITES, *GPU_SUITES]
 Call = Callable[[], Tensor]
 # Lists of a decode step are far smaller than the cache; so many different ones are used in turn
 # that no list is still in a cache of this size when it comes up again.
@@ -58,15 +61,18 @@ def main(
     for name in suite:
         if name not in NAMES:
             raise typer.BadParameter(f"--suite: expected one of {NAMES}, got {name!r}")
-    if "gpu" in suite and not dry_run and not torch.cuda.is_available():
-        raise typer.BadParameter("--suite gpu: expected a CUDA device, got none; try --dry-run")
+        if name in GPU_SUITES and not dry_run and not torch.cuda.is_available():
+            raise typer.BadParameter(f"--suite {name}: expected a CUDA device; try --dry-run")
+        if name == "tune" and dry_run and not interpreted():
+            raise typer.BadParameter("--suite tune: expected TRITON_INTERPRET=1 for --dry-run")
     out.mkdir(parents=True, exist_ok=True)
     green = True
     for name in suite:
         path = resume or out / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}.jsonl"
-        if name == "gpu":
+        if name in GPU_SUITES:
             device = Device("cpu" if dry_run else "cuda")
-            green = Run(device, path, time.time() + limit, only, tests, commit).all(list(cases()))
+            measured = Run(device, path, time.time() + limit, only, tests, commit, name)
+            green &= measured.all(list(suite_cases(name)))
         else:
             cpu_suite(name, path, only, rounds, seconds, flex)
         console.print(f"wrote {path}")

@@ -72,6 +72,15 @@ def unfit_device(x: Tensor) -> str | None:
     return None
 
 
+def target(x: Tensor) -> Target:
+    """What a plan needs to know of the device of a tensor."""
+    if interpreted():
+        from lowcontext.ops.triton.launch import Target
+
+        return Target(capability=80, processors=8)
+    return _target(x.device.index)
+
+
 def execute(launches: Iterable[Launch], device: torch.device) -> None:
     """Runs launches one after the other on the current stream of the device."""
     if interpreted():
@@ -162,8 +171,7 @@ def _run(
     if kv_num_blocks is not None and kv_starts is not None:
         index = BlockIndex(kv_num_blocks, kv_starts, (block_q, block_k), kv_num_columns, kv_columns)
     problem = launch.Problem(q, k, v, index, scale, softcap, window, kv_start)
-    target = launch.Target(80, 8) if interpreted() else _target(q.device.index)
-    launches, out, lse = launch.plan(problem, target)
+    launches, out, lse = launch.plan(problem, target(q))
     execute(launches, q.device)
     return out, lse
 

@@ -48,8 +48,13 @@ class Target:
 class Tiles:
     """Tile sizes of one kernel launch.
 
-    Left alone, the assembler gives a 16-bit kernel 128 registers where 146 are needed and spills 8
-    bytes, for the hope of one block more. In fp32 a limit can have it unroll until it spills more.
+    Args:
+        BLOCK_M, BLOCK_N: query rows and keys.
+        num_warps, num_stages: of the compiler.
+        registers: at most so many per thread. Left alone, the assembler gives a 16-bit kernel 128
+            where 146 are needed and spills 8 bytes, for the hope of one block more. In fp32 a limit
+            can have it unroll until it spills more.
+        programs: of a decode, per multiprocessor, which it reaches by splitting lists.
     """
 
     BLOCK_M: int
@@ -57,6 +62,7 @@ class Tiles:
     num_warps: int
     num_stages: int
     registers: int | None = 255
+    programs: int = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +106,15 @@ class Problem:
     kv_start: Tensor | None
 
 
+@dataclass(frozen=True)
+class QueryBlocks:
+    """Blocks of `size` queries; the first has `lead` rows before the first query."""
+
+    size: int
+    lead: int
+    count: int
+
+
 def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles:
     """Tile sizes of the prefill kernel.
 
@@ -107,35 +122,64 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     tiles that spill no register and fit in shared memory. Not timed yet.
     """
     rows = max(16, min(128, triton.next_power_of_2(block_q)))
-    # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40, and 16
-    # up to 24 with D = 256 over pages or columns. With a limit, D = 256 spills 16 on sm_100 as well
-    # where nothing is listed; without one, D = 128.
+    # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40, and 8
+    # warps up to 24 with D = 256. D = 128 spills without a limit of registers.
     if itemsize == 4:
-        return Tiles(16, 16, 8, 2, 128 if D <= 128 else None)
+        return Tiles(16, 16, 8, 2, 128) if D <= 128 else Tiles(16, 16, 4, 2, None)
     if D > 128:  # 64 keys spill 32 bytes with softcap and window, on sm_90 as well
-        # Three stages take 128 KB, which sm_86, sm_89 and sm_12x do not have.
-        return Tiles(min(rows, 64), 32, 8, 3 if capability in (80, 90, 100, 103) else 2)
+        return Tiles(min(rows, 64), _wide_keys(rows, capability), 8, 3)
     # mma.sync reads its operands from registers: on sm_80 64 keys of D = 128 spill 32 bytes, and
     # 128 rows 8. wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
     if D > 64 and not 90 <= capability < 120:
         return Tiles(min(rows, 64), 32, 4, 3)
+    if rows == 64:
+        return Tiles(64, _square_keys(capability), 4, 3)
     return Tiles(rows, 64 if rows > 16 else 32, 8 if rows > 64 else 4, 3)
 
 
-def decode_tiles(D: int, itemsize: int, rows: int) -> Tiles:
+def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
     rows = max(16, triton.next_power_of_2(rows))
-    # 4 warps spill 16 bytes with D = 256, and up to 152 with a limit. Left: 16 bytes in D = 64, 128
-    # and 256 with some lists, each on one architecture or two.
+    # Without a limit D = 64 spills 16 bytes over some lists, with one D = 128 does; so do 4 warps
+    # with D = 128 and 8 with D = 256, each on one architecture or two.
     if itemsize == 4:
-        return Tiles(rows, 16, 8 if D > 128 else 4, 2, None)
+        if D <= 64:
+            return Tiles(rows, 16, 4, 2, 168)
+        return Tiles(rows, 16, 8 if D <= 128 else 4, 2, None)
     if D <= 128:
-        return Tiles(rows, 64, 4, 3)
-    return Tiles(rows, 32, 8 if rows > 32 else 4, 2)
+        return Tiles(rows, _square_keys(capability) if rows == 64 else 64, 4, 3)
+    # 4 warps spill 408 bytes with 64 rows. 4 stages have copies of 4 tiles in flight, not of 2, but
+    # take 105 KB.
+    return Tiles(rows, _wide_keys(rows, capability), 8 if rows > 32 else 4, 3)
 
 
-def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor]:
-    """The launches that compute the problem, and the (out, lse) that they fill."""
+def _square_keys(capability: int) -> int:
+    """Keys of a tile of 64 rows and 4 warps with D <= 128 in 16 bits.
+
+    With tcgen05, which leaves the logits in a memory of its own, 64 keys spill up to 144 bytes over
+    columns.
+    """
+    return 32 if 100 <= capability < 120 else 64
+
+
+def _wide_keys(rows: int, capability: int) -> int:
+    """Keys of a tile with 128 < D <= 256 in 16 bits and three stages.
+
+    64 rows with 32 keys take 128 KB, with 16 keys 66: sm_86, sm_89 and sm_12x have 99.
+    """
+    return 32 if rows <= 32 or capability in (80, 90, 100, 103) else 16
+
+
+def plan(
+    problem: Problem, target: Target, tiles: Tiles | None = None
+) -> tuple[list[Launch], Tensor, Tensor]:
+    """The launches that compute the problem, and the (out, lse) that they fill.
+
+    Args:
+        problem: arguments of the op.
+        target: the device.
+        tiles: in place of those of the tables; of a decode, with no fewer rows.
+    """
     if problem.scale <= 0 and not problem.softcap:
         # The kernels take the largest logit before they scale it.
         q = -problem.q if problem.scale < 0 else torch.zeros_like(problem.q)
@@ -148,55 +192,57 @@ def plan(problem: Problem, target: Target) -> tuple[list[Launch], Tensor, Tensor
     if 0 in (B, Hq, Lq, D):
         return [], out, lse
     Lk = problem.k.shape[2]
-    if index is None:
-        block_q, lead, Nq = Lq, 0, 1
-    else:
-        first, Nq = BlockIndex.query_blocks(Lq, Lk, index.block_q)
-        block_q, lead = index.block_q, Lk - Lq - first * index.block_q
-        if Nq == 1:
-            block_q, lead = Lq, 0
+    blocks = QueryBlocks(Lq, 0, 1)
+    if index is not None:
+        first, count = BlockIndex.query_blocks(Lq, Lk, index.block_q)
+        if count > 1:
+            blocks = QueryBlocks(index.block_q, Lk - Lq - first * index.block_q, count)
     limit = min(_MAX_DECODE_QUERIES, _MAX_DECODE_ROWS[q.element_size()])
-    short = Lq <= limit and Nq == 1
+    short = Lq <= limit and blocks.count == 1
     if short or (index is not None and index.block_q < _MIN_PREFILL_BLOCK):
-        return _decode(problem, target, out, lse, block_q, lead, Nq), out, lse
-    return [_prefill(problem, target, out, lse, block_q, lead, Nq)], out, lse
+        return _decode(problem, target, out, lse, blocks, tiles), out, lse
+    tiles = tiles or prefill_tiles(D, q.element_size(), blocks.size, target.capability)
+    return [_prefill(problem, out, lse, blocks, tiles)], out, lse
 
 
 def _prefill(
-    problem: Problem, target: Target, out: Tensor, lse: Tensor, block_q: int, lead: int, Nq: int
+    problem: Problem, out: Tensor, lse: Tensor, blocks: QueryBlocks, tiles: Tiles
 ) -> Launch:
-    q = problem.q
-    B, Hq, Lq, D = q.shape
-    tiles = prefill_tiles(D, q.element_size(), block_q, target.capability)
+    B, Hq, Lq, _ = problem.q.shape
     if problem.index is None:
-        block_q, Nq = tiles.BLOCK_M, -(-Lq // tiles.BLOCK_M)
-    sub_tiles = -(-block_q // tiles.BLOCK_M)
-    args = _arguments(problem, out, lse, tiles, block_q, lead) | {"sub_tiles": sub_tiles}
-    grid = (Nq * sub_tiles * Hq, B)
+        blocks = QueryBlocks(tiles.BLOCK_M, 0, -(-Lq // tiles.BLOCK_M))
+    sub_tiles = -(-blocks.size // tiles.BLOCK_M)
+    args = _arguments(problem, out, lse, tiles, blocks) | {"sub_tiles": sub_tiles}
+    grid = (blocks.count * sub_tiles * Hq, B)
     return _launch(attend.prefill_kernel, grid, args, tiles)
 
 
 def _decode(
-    problem: Problem, target: Target, out: Tensor, lse: Tensor, block_q: int, lead: int, Nq: int
+    problem: Problem,
+    target: Target,
+    out: Tensor,
+    lse: Tensor,
+    blocks: QueryBlocks,
+    tiles: Tiles | None,
 ) -> list[Launch]:
     q, index = problem.q, problem.index
     B, Hq, Lq, D = q.shape
     Hkv, Lk = problem.k.shape[1:3]
     G = Hq // Hkv
     shared = index is None or index.kv_starts.shape[1] in (1, Hkv)
-    pack = min(G, max(1, _MAX_DECODE_ROWS[q.element_size()] // block_q)) if shared else 1
+    pack = min(G, max(1, _MAX_DECODE_ROWS[q.element_size()] // blocks.size)) if shared else 1
     chunks = -(-G // pack)
-    tiles = decode_tiles(D, q.element_size(), block_q * pack)
-    programs = B * Hkv * chunks * Nq
+    tiles = tiles or decode_tiles(D, q.element_size(), blocks.size * pack, target.capability)
+    programs = B * Hkv * chunks * blocks.count
     if index is None:
         keys = min(Lk, problem.window + Lq) if problem.window else Lk
     else:
         keys = index.kv_starts.shape[3] * index.block_k
         keys += 0 if index.kv_columns is None else index.kv_columns.shape[3]
-    # Two programs per multiprocessor, from sizes that the host knows: no count is waited for.
-    wanted = 2 * target.processors // programs
+    # From sizes that the host knows: no count is waited for.
+    wanted = tiles.programs * target.processors // programs
     splits = max(1, min(wanted, keys // _MIN_SPLIT_KEYS, _MAX_SPLITS))
-    args = _arguments(problem, out, lse, tiles, block_q, lead)
+    args = _arguments(problem, out, lse, tiles, blocks)
     args |= {"pack": pack, "chunks": chunks, "splits": splits, "SPLIT": splits > 1}
     grid = (programs // B * splits, B)
     launch = _launch(attend.decode_kernel, grid, args, tiles)
@@ -229,7 +275,7 @@ def _launch(kernel: Any, grid: tuple[int, int], args: dict[str, Any], tiles: Til
 
 
 def _arguments(
-    problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, block_q: int, lead: int
+    problem: Problem, out: Tensor, lse: Tensor, tiles: Tiles, blocks: QueryBlocks
 ) -> dict[str, Any]:
     """Arguments that the prefill and the decode kernel share."""
     q, k, v, index = problem.q, problem.k, problem.v, problem.index
@@ -262,8 +308,8 @@ def _arguments(
         "index_group": Hq // heads,
         "Lq": Lq,
         "Lk": Lk,
-        "lead": lead,
-        "block_q": block_q,
+        "lead": blocks.lead,
+        "block_q": blocks.size,
         "window": window,
         "S": S,
         "C": C,

@@ -8,30 +8,19 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from lowcontext.ops.triton import attend
 from lowcontext.ops.triton.launch import Launch
 
 # Shared memory that one block may use, by compute capability (CUDA programming guide, table of
-# technical specifications): 163 KB on sm_80, 227 KB on sm_90 and sm_100, 99 KB on sm_86/89/120.
-SHARED_LIMIT = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-    torch.int8: "*i8",
-    torch.uint8: "*u8",
-}
+# technical specifications).
+_KILOBYTES = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99, 121: 99}
+SHARED_LIMIT = {capability: size * 1024 for capability, size in _KILOBYTES.items()}
 
 # Suffixes of the opcode of a load, which is one of 4 bytes without them.
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16, "256": 32}
@@ -76,8 +65,8 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     Raises:
         RuntimeError: the report of cuobjdump is not in the known form.
     """
-    source = _source(launch)
-    compiled = triton.compile(source, GPUTarget("cuda", capability, 32), launch.options)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source(launch, target), target, launch.options)
     usage = _usage(compiled.asm["cubin"])
     found = global_loads(_run("nvdisasm", compiled.asm["cubin"], "-c", "-g"))
     return Resources(
@@ -93,33 +82,14 @@ def compile_launch(launch: Launch, capability: int) -> Resources:
     )
 
 
-def _source(launch: Launch) -> ASTSource:
-    """The source with the specialisation that triton's own call would choose."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes = {}
-    for position, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        value = launch.args[name]
-        exact = not parameter.do_not_specialize
-        if parameter.is_constexpr or value is None or (exact and type(value) is int and value == 1):
-            signature[name] = "constexpr"
-            constants[name] = value
-            continue
-        signature[name], aligned = _type(value)
-        if exact and aligned:
-            attributes[(position,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes)
-
-
-def _type(value: Tensor | int | float) -> tuple[str, bool]:
-    if isinstance(value, Tensor):
-        offset = value.storage_offset() * value.element_size()
-        start = offset if value.device.type == "meta" else value.data_ptr()
-        return _TYPES[value.dtype], start % 16 == 0
-    if isinstance(value, int):
-        return ("i32" if -(2**31) <= value < 2**31 else "i64"), value % 16 == 0
-    return "fp32", False
+def source(launch: Launch, target: GPUTarget) -> ASTSource:
+    """The source with triton's own specialisation: a call finds the kernel in triton's cache."""
+    kernel, backend = launch.kernel, make_backend(target)
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    given = launch.args | launch.options
+    bound, specialization, options = bind(**given)
+    _, *found = kernel._pack_args(backend, given, bound, specialization, options)
+    return ASTSource(kernel, *found)
 
 
 def _usage(cubin: bytes) -> dict[str, int]:
@@ -173,9 +143,9 @@ def global_loads(sass: str) -> list[tuple[str, int, int]]:
 
 def _reads_rows(file: str, line: int) -> bool:
     """Whether a line is one of `attend._load_rows`."""
-    source = attend._load_rows
-    first = source.starting_line_number
-    return Path(file).name == "attend.py" and 0 <= line - first < len(source.raw_src)
+    function = attend._load_rows
+    first = function.starting_line_number
+    return Path(file).name == "attend.py" and 0 <= line - first < len(function.raw_src)
 
 
 def _run(tool: str, given: bytes, *options: str) -> str:
