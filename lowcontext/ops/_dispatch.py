@@ -53,6 +53,10 @@ _BACKENDS = {
     "reference": Backend("reference", reference),
 }
 
+# In the order in which "auto" asks them.
+_ON_CPU = tuple(_BACKENDS)
+_ON_GPU = ("triton", "native", "reference")
+
 
 @cache
 def _status(name: str) -> str | None:
@@ -138,7 +142,10 @@ def choose(family: Mapping[str, ModuleType], op: str, backend: str, like: Tensor
         RuntimeError: the named backend, or with "auto" every backend, cannot run it; the message
             lists each reason.
     """
-    names = tuple(_BACKENDS) if backend == "auto" else (backend_named(backend).name,)
+    if backend != "auto":
+        names: tuple[str, ...] = (backend_named(backend).name,)
+    else:
+        names = _ON_GPU if like.device.type == "cuda" else _ON_CPU
     reasons: dict[str, str] = {}
     for name in names:
         if name not in family:

@@ -24,6 +24,7 @@ from lowcontext.index import BlockIndex
 from lowcontext.ops.triton import interpreted
 from lowcontext.ops.triton.attend import _load_rows
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # fmt: off
 UNSPECIALIZED = [
@@ -152,7 +153,7 @@ def plan_block_means(x: Tensor, offset: int, block: int) -> tuple[Launch, Tensor
     B, H, L, D = x.shape
     first, blocks = BlockIndex.query_blocks(L, offset + L, block)
     means = torch.empty((B, H, blocks, D), dtype=torch.float32, device=x.device)
-    block_d = triton.next_power_of_2(D)
+    block_d = power_of_2(D)
     args: dict[str, Any] = {"x_ptr": x, "out_ptr": means, "H": H, "L": L}
     args |= zip(("stride_b", "stride_h", "stride_l"), x.stride(), strict=False)
     args |= {"offset": offset - first * block, "blocks": blocks, "block": block, "D": D}
@@ -175,16 +176,16 @@ def plan_antidiagonal_scores(
     cells = max(x for x in range(1, tile + 1) if total % x == 0)
     first, Nq, Nk = (total // cells * x for x in block_counts(Lq, Lk, block))
     scores = torch.zeros((B, Hq, Nq, Nk), dtype=torch.float32, device=q.device)
-    padded = triton.next_power_of_2(cells)
+    padded = power_of_2(cells)
     args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "out_ptr": scores, "Hq": Hq}
     args |= zip(("stride_qb", "stride_qh", "stride_ql"), q.stride(), strict=False)
     args |= zip(("stride_kb", "stride_kh", "stride_kl"), k.stride(), strict=False)
     args |= {"group": Hq // Hkv, "Lq": Lq, "Lk": Lk, "offset": Lk - Lq, "first": first}
     args |= {"Nq": Nq, "Nk": Nk, "stride": stride, "cells": cells, "scale": scale / stride}
-    args |= {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "CELLS": padded}
+    args |= {"D": D, "BLOCK_D": max(16, power_of_2(D)), "CELLS": padded}
     # The interpreter's tl.dot multiplies the bits of bf16 as integers: it gets them in fp32.
     args |= {"BLOCK_M": tile, "BLOCK_N": tile, "IEEE": ieee or interpreted()}
-    grid = (triton.cdiv(Nq, tile // padded) * Hq, B)
+    grid = (ceil_div(Nq, tile // padded) * Hq, B)
     # Without a limit the assembler spills up to 48 bytes, for the hope of one block more; with it,
     # up to 72 in 16 bits where a block is one cell.
     registers = None if padded == 1 and not ieee else 255

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
 from lowcontext.ops.triton import attend
+from lowcontext.ops.triton.sizes import power_of_2
 
 LOG2E = math.log2(math.e)
 
@@ -89,7 +89,7 @@ class Launch:
 
     def __call__(self) -> None:
         """Runs the kernel on the current stream."""
-        self.kernel[self.grid](**self.args, **self.options)
+        self.kernel.run(grid=self.grid, warmup=False, **self.args, **self.options)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     Chosen from the compiler's report alone (`python -m bench.kernels_report --all`): the widest
     tiles that spill no register and fit in shared memory. Not timed yet.
     """
-    rows = max(16, min(128, triton.next_power_of_2(block_q)))
+    rows = max(16, min(128, power_of_2(block_q)))
     # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40, and 8
     # warps up to 24 with D = 256. D = 128 spills without a limit of registers.
     if itemsize == 4:
@@ -139,7 +139,7 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
 
 def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
     """Tile sizes of the decode kernel, from the compiler's report as in `prefill_tiles`."""
-    rows = max(16, triton.next_power_of_2(rows))
+    rows = max(16, power_of_2(rows))
     # Without a limit D = 64 spills 16 bytes over some lists, with one D = 128 does; so do 4 warps
     # with D = 128 and 8 with D = 256, each on one architecture or two.
     if itemsize == 4:
@@ -263,8 +263,8 @@ def _decode(
         "Lq": Lq,
         "splits": splits,
         "D": D,
-        "BLOCK_D": triton.next_power_of_2(D),
-        "BLOCK_S": triton.next_power_of_2(splits),
+        "BLOCK_D": power_of_2(D),
+        "BLOCK_S": power_of_2(splits),
         "CHUNK": 16,
     }
     return [launch, Launch(attend.combine_kernel, (B * Hq * Lq, 1), combine, 4, 1)]
@@ -316,7 +316,7 @@ def _arguments(
         "logit_scale": 2 * factor / problem.softcap if problem.softcap else factor,
         "cap": problem.softcap * LOG2E,
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": max(16, power_of_2(D)),
         "BLOCK_K": block_k,
         "BLOCK_M": tiles.BLOCK_M,
         "BLOCK_N": tiles.BLOCK_N,

@@ -29,6 +29,7 @@ from torch import Tensor
 from lowcontext.index import BlockIndex
 from lowcontext.ops.triton.launch import Launch
 from lowcontext.ops.triton.select import sum_before
+from lowcontext.ops.triton.sizes import ceil_div
 
 _CHUNK = 1024
 _LANES = 32
@@ -210,7 +211,7 @@ def plan_line_index(
     index = (counts, starts, column_counts, listed)
     if counts.numel() == 0:
         return [], index
-    chunks = triton.cdiv(Lk, _CHUNK)
+    chunks = ceil_div(Lk, _CHUNK)
     parts, keys, totals, last = ints(2, B, H, chunks), ints(B, H, Lk), ints(B, H), ints(B, H, Lk)
     masks: dict[str, Any] = {"counts_ptr": parts[0], "largest_ptr": parts[1], "CHUNK": _CHUNK}
     for name, mask in (("vertical", vertical), ("slash", slash)):
@@ -229,7 +230,7 @@ def plan_line_index(
     launches = [
         Launch(line_counts_kernel, (chunks * H, B), masks, 4, 1),
         Launch(line_lists_kernel, (chunks * H, B), lists, 4, 1),
-        Launch(line_tiles_kernel, (triton.cdiv(Nq, _LANES) * H, B), lanes, 1, 1),
+        Launch(line_tiles_kernel, (ceil_div(Nq, _LANES) * H, B), lanes, 1, 1),
         Launch(line_columns_kernel, (Nq * H, B), single, 4, 1),
     ]
     return launches, index

@@ -32,6 +32,7 @@ from lowcontext.ops.triton.select import (
     sum_before,
     threshold,
 )
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # Entries of a row that one program holds, and of a chunk of a longer one.
 ROW = 8192
@@ -224,9 +225,9 @@ def plan_mass_mask(
         args |= {"forced_ptr": forced.view(torch.uint8), "forced_rows": forced.shape[0]}
         args |= zip(("forced_r", "forced_n"), forced.stride(), strict=True)
     if N <= ROW:
-        block = max(32, triton.next_power_of_2(N))
+        block = max(32, power_of_2(N))
         return [row_launch(mass_row_kernel, rows, args | {"BLOCK": block})], keep
-    chunks = triton.cdiv(N, CHUNK)
+    chunks = ceil_div(N, CHUNK)
     tops = torch.full((rows,), -1, dtype=torch.int32, device=weights.device)
     digits = torch.zeros((rows, 32 // BITS, 1 << BITS), dtype=torch.int64, device=weights.device)
     ties = torch.empty((rows, chunks), dtype=torch.int32, device=weights.device)

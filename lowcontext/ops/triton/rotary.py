@@ -23,6 +23,7 @@ from torch import Tensor
 
 from lowcontext.ops.triton.attend import _load_rows
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # Rows that a program turns, where there are as many.
 _ROWS = 16
@@ -99,7 +100,7 @@ def _turn_rows(
         _store_rows(out_rows, a, inside, P, BLOCK_P)
         _store_rows(out_rows + P, b, inside, P, BLOCK_P)
     if 2 * P < D:
-        BLOCK_REST: tl.constexpr = triton.next_power_of_2(D - 2 * P)
+        BLOCK_REST: tl.constexpr = power_of_2(D - 2 * P)
         rest = _load_rows(rows + 2 * P, valid, True, D - 2 * P, BLOCK_REST)  # [N, BLOCK_REST]
         _store_rows(out_rows + 2 * P, rest, inside, D - 2 * P, BLOCK_REST)
 
@@ -230,7 +231,7 @@ def plan_rotate_to(
         args[f"{name}_step"] = steps[2 * i + 1]
     rows = 1 if L == 1 else _ROWS
     args |= _turns(inv_freq, x.shape[-1], rows, interleaved)
-    grid = (triton.cdiv(L, rows) * H, B)
+    grid = (ceil_div(L, rows) * H, B)
     return [Launch(rotate_kernel, grid, args, 1 if rows == 1 else 4, 1)], out
 
 
@@ -261,7 +262,7 @@ def plan_list_keys(
     args["counts_b"] = counts.stride(0)
     args["low_b"] = 0 if low is None or low.shape[0] == 1 else low.stride(0)
     args |= {"H": H, "M": size, "S": S, "width": width, "sink": sink, "BLOCK": _LIST}
-    return [Launch(list_keys_kernel, (triton.cdiv(size, _LIST) * H, B), args, 4, 1)], keys, first
+    return [Launch(list_keys_kernel, (ceil_div(size, _LIST) * H, B), args, 4, 1)], keys, first
 
 
 def plan_gather_moved(
@@ -283,13 +284,13 @@ def plan_gather_moved(
         args |= zip(axes, x.stride(), strict=False)
     args |= {"keys_b": keys.stride(0), "keys_h": 0 if keys.shape[1] == 1 else keys.stride(1)}
     args |= {"first_b": first.stride(0), "H": H, "M": M, "Lk": Lk}
-    args |= {"DV": DV, "BLOCK_DV": triton.next_power_of_2(DV)}
+    args |= {"DV": DV, "BLOCK_DV": power_of_2(DV)}
     args |= _turns(inv_freq, D, _ROWS, interleaved)
-    grid = (triton.cdiv(M, _ROWS) * H, B)
+    grid = (ceil_div(M, _ROWS) * H, B)
     return [Launch(gather_moved_kernel, grid, args, 4, 1)], k_out, v_out
 
 
 def _turns(inv_freq: Tensor, D: int, rows: int, interleaved: bool) -> dict[str, Any]:
     P = inv_freq.shape[0]
-    sizes = {"P": P, "BLOCK_P": triton.next_power_of_2(max(P, 1)), "D": D, "BLOCK_N": rows}
+    sizes = {"P": P, "BLOCK_P": power_of_2(max(P, 1)), "D": D, "BLOCK_N": rows}
     return {**sizes, "INTERLEAVED": interleaved}

@@ -28,6 +28,7 @@ from torch import Tensor
 from lowcontext.ops.triton import interpreted
 from lowcontext.ops.triton.attend import _load_rows
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 from lowcontext.ops.votes.reference import query_levels
 
 # fmt: off
@@ -317,7 +318,7 @@ def plan_page_scores(
 def plan_lse(partial: Tensor, lse: Tensor) -> Launch:
     """Joins the LSEs [B, Hkv, tiles, rows] of tiles of keys into `lse`, rows last."""
     B, Hkv, tiles, rows = partial.shape
-    block_m = min(8, triton.next_power_of_2(rows))  # 8 rows are one sector of 32 bytes
+    block_m = min(8, power_of_2(rows))  # 8 rows are one sector of 32 bytes
     args = {
         "partial_ptr": partial,
         "lse_ptr": lse,
@@ -326,7 +327,7 @@ def plan_lse(partial: Tensor, lse: Tensor) -> Launch:
         "BLOCK_M": block_m,
         "BLOCK_N": 1024 // block_m,
     }
-    return Launch(lse_kernel, (triton.cdiv(rows, block_m) * B * Hkv, 1), args, 4, 1)
+    return Launch(lse_kernel, (ceil_div(rows, block_m) * B * Hkv, 1), args, 4, 1)
 
 
 def plan_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> tuple[list[Launch], Tensor]:
@@ -337,7 +338,7 @@ def plan_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> tuple[list[Launch
         return [], votes
     args = {"scores_ptr": scores, "lse_ptr": lse, "out_ptr": votes}
     args |= {"Hq": Hq, "heads": heads, "R": R, "N": N, "BLOCK_N": 1024}
-    return [Launch(soft_vote_kernel, (triton.cdiv(N, 1024) * heads * R, B), args, 4, 1)], votes
+    return [Launch(soft_vote_kernel, (ceil_div(N, 1024) * heads * R, B), args, 4, 1)], votes
 
 
 def plan_quantize_keys(k: Tensor, bits: int) -> tuple[list[Launch], Tensor, Tensor]:
@@ -348,12 +349,12 @@ def plan_quantize_keys(k: Tensor, bits: int) -> tuple[list[Launch], Tensor, Tens
     scales = torch.empty(k.shape[:3], dtype=torch.float32, device=k.device)
     if small.numel() == 0:
         return [], small, scales.zero_()
-    block_d = triton.next_power_of_2(D)
+    block_d = power_of_2(D)
     block_n = max(1, 8192 // block_d)
     args = {"k_ptr": k, "out_ptr": small, "scales_ptr": scales, "Hkv": Hkv, "N": N}
     args |= zip(("stride_kb", "stride_kh", "stride_kn"), k.stride(), strict=False)
     args |= {"D": D, "BLOCK_D": block_d, "BLOCK_N": block_n, "PACKED": bits == 4}
-    grid = (triton.cdiv(N, block_n) * Hkv, B)
+    grid = (ceil_div(N, block_n) * Hkv, B)
     return [Launch(quantize_kernel, grid, args, 4, 1, enable_fp_fusion=False)], small, scales
 
 
@@ -391,22 +392,37 @@ def _scores(
     kind = products(k.dtype)
     block_m, block_n = score_tiles(D, kind, group * R)
     D = D // 2 if k.dtype == torch.uint8 else D
-    args: dict[str, Any] = {"q_ptr": q, "k_ptr": k, "out_ptr": scores}
-    args |= zip(("stride_qb", "stride_qh", "stride_qr"), q.stride(), strict=False)
-    args |= zip(("stride_kb", "stride_kh", "stride_kn"), k.stride(), strict=False)
-    args |= dict.fromkeys(("scales_ptr", "pages_ptr", "partial_ptr"))
-    args |= dict.fromkeys(("stride_sb", "stride_sh", "stride_sn"), 0)
-    args |= dict.fromkeys(("pages_b", "pages_h", "pages_m", "first"), 0)
-    args |= {
+    stride_qb, stride_qh, stride_qr, _ = q.stride()
+    stride_kb, stride_kh, stride_kn, _ = k.stride()
+    args: dict[str, Any] = {
+        "q_ptr": q,
+        "k_ptr": k,
+        "scales_ptr": None,
+        "pages_ptr": None,
+        "out_ptr": scores,
+        "partial_ptr": None,
+        "stride_qb": stride_qb,
+        "stride_qh": stride_qh,
+        "stride_qr": stride_qr,
+        "stride_kb": stride_kb,
+        "stride_kh": stride_kh,
+        "stride_kn": stride_kn,
+        "stride_sb": 0,
+        "stride_sh": 0,
+        "stride_sn": 0,
+        "pages_b": 0,
+        "pages_h": 0,
+        "pages_m": 0,
         "Hkv": Hkv,
         "group": group,
         "R": R,
         "N": N,
         "count": k.shape[2],
         "width": 1,
+        "first": 0,
         "scale": scale,
         "D": D,
-        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_D": max(16, power_of_2(D)),
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "PRODUCTS": kind,
@@ -414,8 +430,9 @@ def _scores(
         "PACKED": k.dtype == torch.uint8,
         "CAUSAL": False,
         "LEVELS": 1,
-    } | more
-    tiles = triton.cdiv(N, block_n)
+        **more,
+    }
+    tiles = ceil_div(N, block_n)
     launch = Launch(token_scores_kernel, (tiles * Hkv, B), args, 4, 1)
     if not normalize:
         return [launch], lse

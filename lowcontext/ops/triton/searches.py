@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from lowcontext.index import BlockIndex
@@ -20,6 +19,7 @@ from lowcontext.ops.triton import hierarchy
 from lowcontext.ops.triton.launch import Launch
 from lowcontext.ops.triton.scores import products
 from lowcontext.ops.triton.select import plan_topk
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # Query blocks are searched in groups whose scores hold at most this many numbers (256 MiB).
 _SCORES = 2**26
@@ -82,7 +82,7 @@ class _Search:
         B, Hq, Lq, D = self.q.shape
         R = -(-self.options.block_q // stride)
         rows = torch.empty((B, Hq, self.blocks, R, D), device=self.q.device)
-        block_d = max(16, triton.next_power_of_2(D))
+        block_d = max(16, power_of_2(D))
         args: dict[str, Any] = self.common() | {"q_ptr": self.q, "rows_ptr": rows, "R": R}
         args |= zip(("stride_qb", "stride_qh", "stride_ql"), self.q.stride(), strict=False)
         args |= {"offset": self.k.shape[2] - Lq, "row_stride": stride, "D": D, "BLOCK_D": block_d}
@@ -112,7 +112,7 @@ class _Search:
         votes = self.empty(width, dtype=torch.float32)
         args = self.common() | entries | {"scores_ptr": scores, "M": scores.shape[3]}
         args |= {"entries": width, "votes_ptr": votes, "size": size, "BLOCK": 256}
-        launches = [_launch(hierarchy.tile_votes_kernel, self.grid(triton.cdiv(width, 256)), args)]
+        launches = [_launch(hierarchy.tile_votes_kernel, self.grid(ceil_div(width, 256)), args)]
         chosen, ids, found = plan_topk(votes.view(-1, width), geometry.picks, None)
         counts, starts = self.empty(), self.empty(geometry.width)
         args |= {"chosen_ptr": ids, "chosen_counts_ptr": found, "keep": ids.shape[1]}
@@ -158,13 +158,13 @@ def plan_tree(search: _Search, options: TreeOptions) -> _Lists:
     offsets = options.leaf // options.key_stride
     launch, args = search.rows(options.row_stride)
     launches = [launch]
-    keys = min(triton.next_power_of_2(offsets), args["BLOCK_N"])
+    keys = min(power_of_2(offsets), args["BLOCK_N"])
     args |= {"window": options.window, "beam": beam, "leaf": options.leaf, "offsets": offsets}
     args |= {"key_stride": options.key_stride, "halvings": halvings, "per_tile": per_tile}
     args |= {"KEYS": keys, "WHICH": NODE_REPRESENTATIVES.index(options.representative)}
     args |= {"M": 2 * beam, "parent_width": beam}
     kept: dict[str, Any] = dict.fromkeys(("ids_ptr", "counts_ptr", "parents_ptr"))
-    grid = search.grid(triton.cdiv(2 * beam, args["BLOCK_N"] // keys))
+    grid = search.grid(ceil_div(2 * beam, args["BLOCK_N"] // keys))
     for level in range(halvings + 1):
         nodes = search.empty(2 * beam, 2)
         scores = search.empty(2 * beam, dtype=torch.float32)
@@ -208,7 +208,7 @@ def plan_stage(
     args |= {"rounds": max(1, (stage.chunk - 1).bit_length())}
     args |= {"WHICH": NODE_REPRESENTATIVES.index(options.representative)}
     args["LAST"] = options.chunk_score == "last"
-    grid = search.grid(triton.cdiv(entries, args["BLOCK_N"]))
+    grid = search.grid(ceil_div(entries, args["BLOCK_N"]))
     launches = [launch, _launch(hierarchy.stage_kernel, grid, args)]
     if number + 1 == len(options.stages):
         chunks |= {"ids_ptr": None, "counts_ptr": None, "nodes_ptr": None, "leaf": 0}

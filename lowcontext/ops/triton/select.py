@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # Entries of a row that one program holds, and of those how many it writes at a time: 16384 on 16
 # warps take 100 registers; on 32 warps, which have 64, they spill up to 56 bytes.
@@ -270,7 +271,7 @@ def plan_topk(
     if rows == 0 or k == 0:
         return launches, counts.new_empty((rows, k)), counts.zero_()
     while N > ROW and k * SHRINK <= ROW:
-        parts = triton.cdiv(N, ROW)
+        parts = ceil_div(N, ROW)
         found = counts.new_empty((rows, parts * k))
         best = torch.empty((rows, parts * k), dtype=torch.float32, device=scores.device)
         args = _row_arguments(scores, k, limits, pages, width, first)
@@ -281,7 +282,7 @@ def plan_topk(
     args = _row_arguments(scores, k, limits, pages, width, first)
     args |= {"ids_ptr": ids, "counts_ptr": counts}
     if N <= ROW:
-        args |= _blocks(max(32, triton.next_power_of_2(N)))
+        args |= _blocks(max(32, power_of_2(N)))
         return [*launches, row_launch(topk_row_kernel, rows, args)], ids, counts
     return _digit_launches(args, rows), ids, counts
 
@@ -301,7 +302,7 @@ def _blocks(entries: int) -> dict[str, int]:
 
 def _digit_launches(args: dict[str, Any], rows: int) -> list[Launch]:
     """The launches for rows of which too much is taken: `args` are those of a single row."""
-    chunks = triton.cdiv(args["N"], CHUNK)
+    chunks = ceil_div(args["N"], CHUNK)
     grid, like = (rows * chunks, 1), args["counts_ptr"]
     digits = like.new_zeros((rows, DIGITS, 256))
     parts = like.new_empty((2, rows, chunks))

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.sizes import power_of_2
 
 # fmt: off
 UNSPECIALIZED = ["low", "sink", "width", "align", "Lk", "group", "rows", "M", "S"]
@@ -64,5 +65,5 @@ def plan_tile_lists(
     args = {"lows_ptr": lows, "ids_ptr": ids, "chosen_ptr": chosen, "counts_ptr": counts}
     args |= {"starts_ptr": starts, **numbers, "group": H * rows, "rows": rows, "S": S}
     args |= {"M": 0 if ids is None else ids.shape[3]}
-    args |= {"BLOCK": min(1024, max(32, triton.next_power_of_2(S)))}
+    args |= {"BLOCK": min(1024, max(32, power_of_2(S)))}
     return [Launch(tile_lists_kernel, (B * H * rows, 1), args, 4, 1)]

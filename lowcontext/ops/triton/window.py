@@ -31,6 +31,7 @@ from lowcontext.ops.triton import interpreted
 from lowcontext.ops.triton.attend import _load_rows
 from lowcontext.ops.triton.launch import Launch
 from lowcontext.ops.triton.scores import plan_lse
+from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # fmt: off
 UNSPECIALIZED = ["Hkv", "group", "n", "Lk", "span", "tiles"]
@@ -175,22 +176,22 @@ def plan_window_scores(
     args |= zip(("stride_qb", "stride_qh", "stride_ql"), q.stride(), strict=False)
     args |= zip(("stride_kb", "stride_kh", "stride_kl"), k.stride(), strict=False)
     args |= {"Hkv": Hkv, "group": Hq // Hkv, "n": n, "Lk": Lk, "scale": scale, "cap": softcap}
-    args |= {"D": D, "BLOCK_D": max(16, triton.next_power_of_2(D)), "SOFTCAP": softcap > 0}
+    args |= {"D": D, "BLOCK_D": max(16, power_of_2(D)), "SOFTCAP": softcap > 0}
     # The interpreter's tl.dot multiplies the bits of bf16 as integers: it gets them in fp32.
     args["IEEE"] = ieee or interpreted()
 
     block_m, block_n = lse_tiles(D, ieee)
-    tiles = triton.cdiv(Lk, block_n)
+    tiles = ceil_div(Lk, block_n)
     partial, lse = empty(B, Hkv, tiles, Hq // Hkv * n), empty(B, Hq, n)
     first = args | {"partial_ptr": partial, "BLOCK_M": block_m, "BLOCK_N": block_n}
 
     block_m, block_n, block_e = sum_tiles(D, ieee, n)
-    held = triton.cdiv(Lk, block_n)
+    held = ceil_div(Lk, block_n)
     parts = empty(B, Hq, held, block_e)
     second = args | {"lse_ptr": lse, "vertical_ptr": vertical, "slash_ptr": parts}
     second |= {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_E": block_e}
     third = {"parts_ptr": parts, "slash_ptr": slash, "n": n, "Lk": Lk, "tiles": held}
-    third |= {"span": triton.cdiv(n - 1, block_n) + 1}
+    third |= {"span": ceil_div(n - 1, block_n) + 1}
     third |= {"BLOCK_N": block_n, "BLOCK_E": block_e, "BLOCK": 512}
     # Left alone, the assembler spills 8 bytes with D = 256 for the hope of one block more.
     registers = None if ieee else 255
@@ -198,7 +199,7 @@ def plan_window_scores(
         Launch(window_lse_kernel, (tiles * Hkv, B), first, 4, 1),
         plan_lse(partial, lse),
         Launch(window_sums_kernel, (held * Hkv, B), second, 4, 1, registers),
-        Launch(slash_kernel, (triton.cdiv(Lk, 512) * B * Hq, 1), third, 4, 1),
+        Launch(slash_kernel, (ceil_div(Lk, 512) * B * Hq, 1), third, 4, 1),
     ]
     return launches, vertical, slash
 
@@ -220,6 +221,6 @@ def sum_tiles(D: int, ieee: bool, n: int) -> tuple[int, int, int]:
     64 rows spill up to 40 bytes on sm_100, and 5632 in fp32.
     """
     block_n = 32 if D > 128 else 64
-    block_e = triton.next_power_of_2(block_n + n - 1)
-    rows = 16 if ieee else min(32, triton.next_power_of_2(n))
+    block_e = power_of_2(block_n + n - 1)
+    rows = 16 if ieee else min(32, power_of_2(n))
     return max(16, min(rows, 8192 // block_e)), block_n, block_e
