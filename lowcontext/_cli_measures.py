@@ -30,7 +30,7 @@ from lowcontext.methods import Method
 
 _WINDOWS_SHOWN = 8
 _MASSES = ("mass", "least", "error", "largest", "read")
-_FIGURES = ("tokens", "n", "ppl", "diff", "95%", "read")
+_FIGURES = ("tokens", "n", "ppl", "diff", "95%", "read", "decode")
 
 
 def perplexity(
@@ -124,6 +124,7 @@ def _perplexity_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
             "" if line.difference is None else f"{line.difference:+.4f}",
             ends,
             parse.share(line.density),
+            parse.share(line.density_decode),
         )
     return table
 
@@ -248,6 +249,8 @@ def _table(title: str, *numbers: str, first: str = "method") -> Table:
         *(Column(name, justify="right", no_wrap=True) for name in numbers),
         title=title,
         box=SIMPLE,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
 
 

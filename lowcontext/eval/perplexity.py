@@ -18,6 +18,7 @@ from lowcontext.eval.generation import Stats, check_counts, check_model
 from lowcontext.eval.identity import Described, Settings, describe
 from lowcontext.eval.records import RowFile, RowKey, read_any, recorded
 from lowcontext.eval.scoring import mean_interval
+from lowcontext.eval.summary import over_known
 
 FIRST_BUCKET = 1024
 BASELINE = "dense"
@@ -122,7 +123,8 @@ class PerplexitySummary:
         difference: Mean over windows of the nats per token, less those of dense on the same ones.
         difference_low: Lower end of its 95% interval; None with one window.
         difference_high: Upper end.
-        density: Mean density.
+        density: Mean density of prefill.
+        density_decode: Mean density of decode, None if no row has one.
         buckets: Position at which a bucket starts -> perplexity there.
         nats: Number of a window -> its nats per token.
         gaps: Number of a window -> its nats per token less those of dense; without the windows that
@@ -138,6 +140,7 @@ class PerplexitySummary:
     difference_low: float | None
     difference_high: float | None
     density: float | None
+    density_decode: float | None
     buckets: dict[int, float]
     nats: dict[int, float]
     gaps: dict[int, float]
@@ -230,7 +233,6 @@ def _line(rows: list[PerplexityRow], baseline: dict[RowKey, float]) -> Perplexit
             total = sums.setdefault(int(start), [0.0, 0.0])
             total[0] += count
             total[1] += nats
-    densities = [row.density for row in rows if row.density is not None]
     return PerplexitySummary(
         method=rows[0].method,
         length=rows[0].length,
@@ -240,7 +242,8 @@ def _line(rows: list[PerplexityRow], baseline: dict[RowKey, float]) -> Perplexit
         difference=fmean(values) if gaps else None,
         difference_low=low,
         difference_high=high,
-        density=fmean(densities) if densities else None,
+        density=over_known(fmean, [row.density for row in rows]),
+        density_decode=over_known(fmean, [row.stats.get("density_decode") for row in rows]),
         buckets={start: _exp(sums[start][1] / sums[start][0]) for start in sorted(sums)},
         nats={row.window: row.nll for row in rows},
         gaps=gaps,

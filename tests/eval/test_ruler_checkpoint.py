@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from measure_lists import decoding, losses
 
 from lowcontext.eval import ruler_weights as weights
 from lowcontext.eval import write_retrieval_checkpoint
 from lowcontext.eval.circuits import Mlp
 from lowcontext.eval.ruler import RulerRun, make_ruler_sample, run_ruler
 from lowcontext.eval.ruler_vocabulary import build_vocabulary, words_of
+from lowcontext.methods import get_method
 
 # The constants of the construction were tuned on prompts of the first seeds.
 UNSEEN = 100
@@ -54,6 +56,24 @@ def test_dense_attention_answers_every_task_with_one_asked_value(
     tasks = tuple(f"niah_{kind}_{i}" for kind in ("single", "multikey") for i in (1, 2, 3))
     found = scores(solver, solver_tokenizer, RulerRun((1024,), tasks, samples=2))
     assert found == dict.fromkeys(tasks, 1.0)
+
+
+def test_a_head_at_rest_outvotes_another_in_the_list_that_they_share(
+    solver: Any, solver_tokenizer: Any
+) -> None:
+    answer = decoding(solver, solver_tokenizer, "niah_multivalue", 1024, UNSEEN)
+    options = {"sink": 64, "window": 128, "budget": 128, "dense_layers": 0}
+    shared, own = (
+        losses(solver, answer, get_method("hip", **options, share=share, refresh=1))
+        for share in ("group", "head")
+    )
+    assert own == []
+    assert shared
+    for line in shared:
+        _, _, layer, head, mass, _, rank, in_group, loudest = line.split(" | ")
+        assert (layer, head, mass, rank) == ("4", "2", "0.00", "1")
+        assert int(in_group) > 2  # tiles that are listed
+        assert loudest.startswith("3: ")
 
 
 def test_dense_attention_answers_most_of_the_tasks_with_several_parts(
