@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.select_kernels import KEYS, LinesConfig, ListsConfig, MassConfig, TopkConfig, empty
+from bench.select_kernels import (
+    KEYS,
+    LinesConfig,
+    ListsConfig,
+    MassConfig,
+    ReuseConfig,
+    TopkConfig,
+    empty,
+)
 from lowcontext.ops.hierarchy.options import Stage, StageOptions, TreeOptions
 from lowcontext.ops.triton import blocks, mass, rotary, scores, searches, select, window
 from lowcontext.ops.triton.launch import Launch
@@ -51,7 +59,8 @@ class ScoreConfig:
         scales = None if dtype.is_floating_point else empty(1, _HKV, KEYS)
         if self.op == "bounds":
             bounds = empty(1, _HKV, KEYS // 16, 2 * D, dtype=dtype)
-            return scores.plan_page_scores(q, bounds, 0.1, True)[0]
+            active = empty(1, dtype=torch.bool)
+            return scores.plan_page_scores(q, bounds, 0.1, True, active)[0]
         if self.op == "quantize":
             return scores.plan_quantize_keys(k, self.bits)[0]
         if self.op == "vote":
@@ -206,6 +215,7 @@ AnyScoreConfig = (
     | MassConfig
     | LinesConfig
     | RotaryConfig
+    | ReuseConfig
     | ListsConfig
 )
 
@@ -231,6 +241,7 @@ REPRESENTATIVE = (
     TopkConfig(2**20, limits=True),
     TopkConfig(2**20, 8192),
     ListsConfig(lows=True),
+    ReuseConfig(),
     MassConfig(mass.ROW, forced=True),
     MassConfig(2**20),
     LinesConfig(dense_from=True),
@@ -279,6 +290,8 @@ def everything() -> Iterator[AnyScoreConfig]:
         yield LinesConfig(dense_from=limits)
         for lows in (False, True):
             yield ListsConfig(limits, lows)
+        for D in (64, 80, 128, 256):
+            yield ReuseConfig("float32", D, limits)
     for dtype in ("bfloat16", "float16", "float32"):
         for D, pairs in ((64, 32), (80, 40), (128, 16), (128, 64), (256, 128)):
             for interleaved in (False, True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowcontext.ops.triton import lines, mass, select, tiles
+from lowcontext.ops.triton import lines, mass, reuse, select, tiles
 from lowcontext.ops.triton.launch import Launch
 
 # Odd, of a cache that holds one more: what a decode step knows of strides.
@@ -27,7 +27,7 @@ class TopkConfig:
         N: entries of a row.
         k: entries taken; more than a quarter of `select.ROW` are found by their digits.
         limits: whether each row has a limit of its own.
-        pages: whether entries are those of pages of 16 keys.
+        pages: whether entries are those of pages of 16 keys, and some rows are not active.
     """
 
     N: int
@@ -45,7 +45,8 @@ class TopkConfig:
         """The launches of this op; they are the same for every capability."""
         limits = empty(32, dtype=torch.int32) if self.limits else None
         pages = empty(32, self.N // 16, dtype=torch.int32) if self.pages else None
-        return select.plan_topk(empty(32, self.N), self.k, limits, pages, 16, 128)[0]
+        active = empty(4, dtype=torch.bool) if self.pages else None
+        return select.plan_topk(empty(32, self.N), self.k, limits, pages, 16, 128, active)[0]
 
 
 @dataclass(frozen=True)
@@ -118,3 +119,29 @@ class LinesConfig:
         mask = empty(1, 32, KEYS, dtype=torch.bool)
         start = empty(1, 32, dtype=torch.int32) if self.dense_from else None
         return lines.plan_line_index(mask, mask, 8192, 64, 1000, 1000, start)[0]
+
+
+@dataclass(frozen=True)
+class ReuseConfig:
+    """`reuse.stale` without memory: batch 4, 32 heads.
+
+    Args:
+        dtype, D: of the queries.
+        by_head: whether every head counts for itself.
+    """
+
+    dtype: str = "bfloat16"
+    D: int = 128
+    by_head: bool = True
+
+    @property
+    def name(self) -> str:
+        """Short label."""
+        return f"stale {self.dtype} D={self.D}" + (" by head" if self.by_head else "")
+
+    def launches(self, capability: int) -> list[Launch]:
+        """The launch of this op; it is the same for every capability."""
+        dtype = getattr(torch, self.dtype)
+        q, kept = empty(4, 32, 1, self.D, dtype=dtype), empty(4, 32 * self.D, dtype=dtype)
+        lows = empty(4, dtype=torch.int32)
+        return reuse.plan_stale(q, kept, lows, 9, 0.9, self.by_head)[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Vote:
     coarse: int = 4
 
     def exact(
-        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, rows: slice | Tensor = _ALL
     ) -> Tokens:
         """Votes with the keys themselves. Reads all of K: half of what dense attention reads.
 
@@ -69,27 +70,36 @@ class Vote:
             q: [B, Hq, R, D]; k: [B, Hkv, Lk, D].
             low: end of the last row's candidates.
             layer: where this runs.
-            batch: the rows of the batch that select.
+            rows: the rows of the batch that select, or bool [B]; what it leaves out is undefined.
         """
+        batch, active = _parted(rows)
         keys = k[batch, :, self.sink : low]
-        scores, lse = votes.token_scores(q[batch], keys, scale=self.scale)
-        return self._choose(scores, lse, k, low, layer)
+        scores, lse = votes.token_scores(q[batch], keys, scale=self.scale, active=active)
+        return self._choose(scores, lse, k, low, layer, active)
 
     def quantized(
-        self, bits: int, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+        self,
+        bits: int,
+        q: Tensor,
+        k: Tensor,
+        low: int,
+        layer: LayerContext,
+        rows: slice | Tensor = _ALL,
     ) -> Tokens:
         """Votes with keys in 8 or 4 bits: a quarter or an eighth of the bytes of fp32 keys."""
 
         def make(first: int, end: int) -> tuple[Tensor, ...]:
             return votes.quantize_keys(k[:, :, first:end], bits=bits)
 
+        batch, active = _parted(rows)
         found = grown(layer.memory, f"int{bits}", low, make)
-        keys, steps = (x[batch, :, self.sink : low] for x in found)
-        scores, lse = votes.token_scores(q[batch], keys, scales=steps, scale=self.scale)
-        return self._choose(scores, lse, k, low, layer)
+        keys, scales = (x[batch, :, self.sink : low] for x in found)
+        options: dict[str, Any] = {"scale": self.scale, "scales": scales, "active": active}
+        scores, lse = votes.token_scores(q[batch], keys, **options)
+        return self._choose(scores, lse, k, low, layer, active)
 
     def pages(
-        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, batch: slice = _ALL
+        self, q: Tensor, k: Tensor, low: int, layer: LayerContext, rows: slice | Tensor = _ALL
     ) -> Tokens:
         """Votes with the keys of the pages whose bounds win a vote before: 2/page of K and a few k.
 
@@ -99,23 +109,33 @@ class Vote:
         page = self.page
         sink, end = -(-self.sink // page) * page, low // page * page
         if end - sink <= self.k:
-            return self.exact(q, k, low, layer, batch)
+            return self.exact(q, k, low, layer, rows)
+        batch, active = _parted(rows)
         bounds = block_statistics(layer.memory, k, page, votes.page_bounds)
         bounds = bounds[batch, :, sink // page : end // page]
         heads = self._heads(k)
-        rough = votes.page_votes(q[batch], bounds, scale=self.scale, heads=heads)
-        chosen, _ = votes.topk(self._summed(rough, layer), -(-self.coarse * self.k // page))
+        options: dict[str, Any] = {"scale": self.scale, "active": active}
+        rough = self._summed(votes.page_votes(q[batch], bounds, heads=heads, **options), layer)
+        chosen, _ = votes.topk(rough, -(-self.coarse * self.k // page), active=active)
         pages = votes.Pages(chosen[:, :, 0], page, sink)
-        scores, lse = votes.token_scores(q[batch], k[batch], scale=self.scale, pages=pages)
-        ballot = self._summed(votes.soft_vote(scores, lse, heads=heads), layer)
-        ids, counts = votes.topk(self._pooled(ballot), self.k, pages=pages)
+        scores, lse = votes.token_scores(q[batch], k[batch], pages=pages, **options)
+        ballot = self._summed(votes.soft_vote(scores, lse, heads=heads, active=active), layer)
+        ids, counts = votes.topk(self._pooled(ballot), self.k, pages=pages, active=active)
         return Tokens(ids, counts, sink, end, self._mass(ballot, layer))
 
     def _choose(
-        self, scores: Tensor, lse: Tensor, k: Tensor, low: int, layer: LayerContext
+        self,
+        scores: Tensor,
+        lse: Tensor,
+        k: Tensor,
+        low: int,
+        layer: LayerContext,
+        active: Tensor | None,
     ) -> Tokens:
-        ballot = self._summed(votes.soft_vote(scores, lse, heads=self._heads(k)), layer)
-        ids, counts = votes.topk(self._pooled(ballot), self.k, first=self.sink)
+        heads = self._heads(k)
+        ballot = self._summed(votes.soft_vote(scores, lse, heads=heads, active=active), layer)
+        pooled = self._pooled(ballot)
+        ids, counts = votes.topk(pooled, self.k, first=self.sink, active=active)
         return Tokens(ids, counts, self.sink, low, self._mass(ballot, layer))
 
     def _heads(self, k: Tensor) -> int:
@@ -142,6 +162,11 @@ class Vote:
         chosen = ballot.gather(3, entries.long()).masked_fill(~listed, 0.0).sum(dim=3)
         total = ballot.clamp(min=0).sum(dim=3)
         return chosen.sum(dim=(1, 2)) / total.sum(dim=(1, 2))
+
+
+def _parted(rows: slice | Tensor) -> tuple[slice, Tensor | None]:
+    """A slice of the batch, and which rows of it are active."""
+    return (rows, None) if isinstance(rows, slice) else (_ALL, rows)
 
 
 def join_rows(parts: list[Tokens]) -> Tokens:

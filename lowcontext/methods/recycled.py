@@ -63,12 +63,12 @@ class Recycled(Method):
             return None
         vote = Vote(k=self.k, sink=0, lists="kv_head", scale=layer.scale)
 
-        def weigh(batch: slice) -> Tokens:
-            return vote.exact(q, k, Lk, layer, batch)
+        def weigh(rows: slice | Tensor) -> Tokens:
+            return vote.exact(q, k, Lk, layer, rows)
 
         threshold = -1.0 if self.threshold is None else self.threshold
         by_head = self.cosine == "head"
-        tokens, low = reuse(q.float(), Lk, layer, threshold, by_head, self.stride - 1, weigh)
+        tokens, low = reuse(q, Lk, layer, threshold, by_head, self.stride - 1, weigh)
         # A list that was made in this step begins its new keys behind the last key.
         full = low == Lk
         counts = torch.where(full[:, None, None], 0, tokens.counts)

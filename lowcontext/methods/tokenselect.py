@@ -207,13 +207,13 @@ class TokenSelect(Method):
         found: tuple[Tokens, int | Tensor]
         if q.shape[2] == 1 and self.cache_threshold is not None:
             found = reuse(
-                q.float(),
+                q,
                 Lk,
                 layer,
                 self.cache_threshold,
                 self.cache_cosine == "head",
                 self._longest_tail,
-                lambda batch: score(q, k, low, layer, batch),
+                lambda rows: score(q, k, low, layer, rows),
             )
         else:
             # Scores of many rows are as large as the keys: a few rows at a time.

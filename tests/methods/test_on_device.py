@@ -23,7 +23,16 @@ from torch.utils._pytree import tree_leaves
 import lowcontext
 from lowcontext import LayerContext, Method, attention, sparse_attention
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops import _dispatch, block_scores, hierarchy, lists, rotary, vertical_slash, votes
+from lowcontext.ops import (
+    _dispatch,
+    block_scores,
+    hierarchy,
+    lists,
+    reuse,
+    rotary,
+    vertical_slash,
+    votes,
+)
 from lowcontext.ops import triton as backend
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
@@ -79,7 +88,7 @@ class Lists(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-FAMILIES = (votes, lists, block_scores, vertical_slash, hierarchy, rotary)
+FAMILIES = (votes, lists, block_scores, vertical_slash, hierarchy, rotary, reuse)
 
 
 @pytest.fixture
@@ -217,6 +226,7 @@ class Operations(TorchDispatchMode):
         *(
             "alias",
             "view",
+            "flatten",
             "expand",
             "slice",
             "select",
@@ -250,6 +260,8 @@ LAUNCHES: list[tuple[str, dict[str, Any], int]] = [
     ("tokenselect", {}, 11),
     ("tokenselect", {"scoring": "exact"}, 8),
     ("tokenselect", {"scoring": "int8"}, 11),
+    ("tokenselect", {"scoring": "exact", "cache_threshold": 0.9}, 13),
+    ("recycled", {}, 17),
     ("hip", {}, 3),
     ("infinitehip", {}, 3),
 ]

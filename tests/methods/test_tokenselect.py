@@ -316,12 +316,13 @@ def test_both_ways_to_merge_hits_and_misses_agree() -> None:
     q, k = rand(3, 4, 1, 16), rand(3, 2, 300, 16, seed=1)
     old = vote.exact(rand(3, 4, 1, 16, seed=2), k, 270, layer)
     kept = Kept(q.flatten(1), old, torch.full((3,), 270, dtype=torch.int32))
-    for hits in ([True, True, False], [False] * 3, [True] * 3, [False, True, True]):
-        tokens, low = _branch(hits, kept, lambda rows: vote.exact(q, k, 280, layer, rows))
-        merged = _where(torch.tensor(hits), old, vote.exact(q, k, 280, layer))
+    for missed in ([False, False, True], [True] * 3, [False] * 3, [True, False, False]):
+        flags = torch.tensor(missed)
+        tokens, low = _branch(missed, kept, lambda rows: vote.exact(q, k, 280, layer, rows))
+        merged = _where(flags, vote.exact(q, k, 280, layer, flags), old)
         assert torch.equal(tokens.ids, merged.ids)
         assert torch.equal(tokens.counts, merged.counts)
-        assert low.tolist() == [270 if hit else 280 for hit in hits]
+        assert low.tolist() == [280 if each else 270 for each in missed]
 
 
 def structured(Lk: int = 4096, G: int = 4) -> tuple[Tensor, Tensor]:

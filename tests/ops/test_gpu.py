@@ -19,7 +19,7 @@ import lowcontext
 from bench.oracle import sampled_error
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops import _dispatch, block_scores, hierarchy, rotary, vertical_slash, votes
+from lowcontext.ops import _dispatch, block_scores, hierarchy, reuse, rotary, vertical_slash, votes
 from lowcontext.ops.lists import tile_lists
 from tests.ops.hierarchy.problems import STAGES, TREE, integers
 
@@ -200,6 +200,16 @@ def tiles(n: int, to: To, backend: str) -> Tensors:
     return listed(BlockIndex(*tile_lists(k, 5, pages=chosen, **options, backend=backend), (1, 16)))
 
 
+def stale(n: int, to: To, backend: str) -> Tensors:
+    q = rand(4, 32, 1, 128)
+    kept = q + torch.tensor([0.0, 0.1, 1.0, 0.1]).view(4, 1, 1, 1) * rand(4, 32, 1, 128, seed=1)
+    given = to(q.to(BF16)), to(kept.to(BF16).flatten(1)), to(torch.arange(n, n + 4).int())
+    options: dict[str, Any] = {"threshold": 0.9, "backend": backend}
+    return tuple(
+        reuse.stale(*given, n + 1, by_head=each, **options).int() for each in (False, True)
+    )
+
+
 def mass_mask(n: int, to: To, backend: str) -> Tensors:
     weights = rand(2, 3, n).softmax(-1)
     return (votes.mass_mask(to(weights), 0.9, forced=to(rand(n) > 2), backend=backend).int(),)
@@ -264,6 +274,7 @@ PROBLEMS: dict[str, tuple[str, Callable[[int, To, str], Tensors]]] = {
     "topk": ("topk", topk),
     "keys of pages": ("topk", chosen_keys),
     "tile lists": ("lists", tiles),
+    "reuse": ("lists", stale),
     "mass mask": ("mass", mass_mask),
     "window scores": ("window", window_scores),
     "line index": ("lines", line_index),

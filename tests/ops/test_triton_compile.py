@@ -25,12 +25,13 @@ KERNELS = {
     *("topk_row", "digits", "topk_counts", "topk_ids"),
     *("mass_row", "mass_tops", "mass_digits", "mass_ties", "mass_keep"),
     *("line_counts", "line_lists", "line_tiles", "line_columns"),
-    *("tile_lists", "rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
+    *("stale", "tile_lists", "rows", "tree", "stage", "kept", "tile_votes", "tile_list"),
     *("rotate", "list_keys", "gather_moved"),
 }
 # Kernels that read queries, keys or values.
 READERS = {"prefill", "decode", "token_scores", "quantize", "window_lse", "window_sums"}
-READERS |= {"block_means", "antidiagonal", "rows", "tree", "stage", "rotate", "gather_moved"}
+READERS |= {"stale", "block_means", "antidiagonal", "rows", "tree", "stage"}
+READERS |= {"rotate", "gather_moved"}
 ROOT = Path(__file__).parents[2]
 
 

@@ -196,6 +196,25 @@ def test_queries_of_any_dtype_are_read_as_fp32(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.ops("scores")
+def test_rows_that_are_not_active_are_left_out() -> None:
+    q, k = rand(3, 4, 2, 24).to(DEVICE), rand(3, 2, 90, 24, seed=1).to(DEVICE)
+    bounds = votes.page_bounds(k, 8)
+    active = torch.tensor([True, False, True], device=DEVICE)
+
+    def steps(**options: Tensor) -> list[Tensor]:
+        scores, lse = votes.token_scores(q, k, scale=0.3, **options, backend="triton")
+        ballot = votes.soft_vote(scores, lse, heads=2, **options, backend="triton")
+        pages = votes.page_votes(q, bounds, heads=2, **options, backend="triton")
+        return [scores, lse, ballot, pages, *votes.topk(ballot, 9, **options, backend="triton")]
+
+    unwritten = torch.empty(1, device=DEVICE), torch.empty(1, dtype=torch.int32, device=DEVICE)
+    for some, every in zip(steps(active=active), steps(), strict=True):
+        assert torch.equal(some[active], every[active])
+        expected = unwritten[some.dtype == torch.int32].expand_as(some[1])
+        assert torch.equal(some[1].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+@pytest.mark.ops("scores")
 @pytest.mark.parametrize("heads", [1, 2, 6])
 def test_votes_sum_probabilities_over_the_heads_of_a_list(heads: int) -> None:
     exact = exact_scores(3 * rand(2, 6, 5, 16).to(DEVICE), rand(2, 2, 1100, 16).to(DEVICE), 1, True)
@@ -235,9 +254,9 @@ def test_the_vote_ops_trace_into_one_graph() -> None:
 
     def both(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         small, scales = vote_kernels.quantize_keys(k, 8)
-        scores, lse = vote_kernels.token_scores(q, small, scales, None, 1, 0, 0.5, True)
-        pages, _ = vote_kernels.page_scores(q, votes.page_bounds(k, 8), 0.5, True)
-        return vote_kernels.soft_vote(scores, lse, 2), pages
+        scores, lse = vote_kernels.token_scores(q, small, scales, None, 1, 0, 0.5, True, None)
+        pages, _ = vote_kernels.page_scores(q, votes.page_bounds(k, 8), 0.5, True, None)
+        return vote_kernels.soft_vote(scores, lse, 2, None), pages
 
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(q, k), both(q, k), strict=True):
@@ -250,14 +269,15 @@ def test_the_fake_vote_ops_agree_with_the_real_ones() -> None:
     small, scales = votes.quantize_keys(k, backend="reference")
     pages = torch.tensor([[[0, 1, 4]]], dtype=torch.int32, device=DEVICE)
     zeros = torch.zeros(1, 4, 2, 9, device=DEVICE)
+    flags = torch.ones(1, dtype=torch.bool, device=DEVICE)
     ops = torch.ops.lowcontext_triton
     calls = [
-        (ops.token_scores, (q, k, None, None, 1, 0, 1.0, True)),
-        (ops.token_scores, (q.half(), small, scales, pages, 8, 0, 1.0, False)),
-        (ops.token_scores, (q, small[..., :8].view(torch.uint8), scales, None, 1, 0, 1.0, True)),
-        (ops.soft_vote, (zeros, zeros[..., 0].clone(), 2)),
-        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 1.0, False)),
-        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 0.5, True)),
+        (ops.token_scores, (q, k, None, None, 1, 0, 1.0, True, None)),
+        (ops.token_scores, (q.half(), small, scales, pages, 8, 0, 1.0, False, flags)),
+        (ops.token_scores, (q, *votes.quantize_keys(k, bits=4), None, 1, 0, 1.0, True, None)),
+        (ops.soft_vote, (zeros, zeros[..., 0].clone(), 2, flags)),
+        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 1.0, False, None)),
+        (ops.page_scores, (q, torch.zeros(1, 2, 5, 32, device=DEVICE), 0.5, True, flags)),
         (ops.quantize_keys, (k.transpose(1, 2).contiguous().transpose(1, 2), 8)),
         (ops.quantize_keys, (k, 4)),
     ]

@@ -22,6 +22,7 @@ from lowcontext.ops.hierarchy import (
 )
 from lowcontext.ops.hierarchy import triton as search_kernels
 from lowcontext.ops.lists import tile_lists
+from lowcontext.ops.reuse import stale
 from lowcontext.ops.triton import mass, select
 from lowcontext.ops.vertical_slash import line_index
 from lowcontext.ops.vertical_slash import triton as line_kernels
@@ -122,7 +123,7 @@ def test_topk_traces_into_one_graph_with_its_fake() -> None:
     limits = torch.tensor([3, 9, 0, 20], dtype=torch.int32, device=DEVICE)
 
     def chosen(x: Tensor) -> tuple[Tensor, Tensor]:
-        return vote_kernels.topk(x, 9, limits, None, 1, 0)
+        return vote_kernels.topk(x, 9, limits, None, 1, 0, None)
 
     compiled = torch.compile(chosen, backend="aot_eager", fullgraph=True)
     for a, b in zip(compiled(x), chosen(x), strict=True):
@@ -130,10 +131,10 @@ def test_topk_traces_into_one_graph_with_its_fake() -> None:
     op = torch.ops.lowcontext_triton.topk.default
     pages = torch.zeros(4, 10, dtype=torch.int32, device=DEVICE)
     for args in (
-        (x, 9, limits, None, 1, 0),
-        (x, 200, None, None, 1, 5),
-        (x, 0, None, None, 1, 0),
-        (x, 9, None, pages, 10, 3),
+        (x, 9, limits, None, 1, 0, None),
+        (x, 200, None, None, 1, 5, None),
+        (x, 0, None, None, 1, 0, None),
+        (x, 9, None, pages, 10, 3, torch.ones(2, dtype=torch.bool, device=DEVICE)),
     ):
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
 
@@ -188,6 +189,46 @@ def test_tile_lists_trace_into_one_graph_with_their_fake() -> None:
     for tensors in ((None, None, None), (low, None, None), (low, ids, ids[..., 0].clone())):
         arguments = (k, *tensors, 1, 16, 9, 4, 2, 7)
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.ops("topk")
+def test_topk_of_a_long_row_leaves_out_what_is_not_active(monkeypatch: pytest.MonkeyPatch) -> None:
+    if DEVICE == "cpu":
+        monkeypatch.setattr(select, "ROW", 64)
+    scores = rows_of("ties", 700).view(2, 2, 700)
+    active = torch.tensor([False, True], device=DEVICE)
+    ids, counts = votes.topk(scores, 9, active=active, backend="triton")
+    plain = votes.topk(scores, 9, backend="reference")
+    assert torch.equal(ids[1], plain[0][1])
+    assert torch.equal(counts[1], plain[1][1])
+    assert torch.equal(counts[0], torch.empty(2, dtype=torch.int32, device=DEVICE))  # unwritten
+
+
+@pytest.mark.ops("lists")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("by_head", [True, False])
+@pytest.mark.parametrize(("H", "D"), [(1, 64), (7, 20), (8, 128)])
+def test_a_selection_goes_stale_as_in_the_reference(
+    H: int, D: int, by_head: bool, dtype: torch.dtype
+) -> None:
+    gen = torch.Generator().manual_seed(H)
+    q = torch.randn(6, H, 2, D, generator=gen)[:, :, :1]
+    other = q + torch.tensor([0.0, 0.1, 0.4, 0.6, 2.0, 0.0]).view(6, 1, 1, 1) * torch.randn(
+        6, H, 1, D, generator=gen
+    )
+    other[5] = 0
+    q, kept = q.to(DEVICE, dtype), other.flatten(1).to(DEVICE, dtype)
+    lows = torch.tensor([9, 10, 11, 10, 10, 12], dtype=torch.int32, device=DEVICE)
+    found = set()
+    for threshold in (0.5, 0.9, 0.99):
+        options = {"threshold": threshold, "by_head": by_head}
+        ours = stale(q, kept, lows, 10, **options, backend="triton")
+        assert torch.equal(ours, stale(q, kept, lows, 10, **options, backend="reference"))
+        found |= set(ours.tolist())
+    assert found == {True, False}
+    op = torch.ops.lowcontext_triton.stale.default
+    arguments = (q, kept, lows, 10, 0.9, by_head)
+    torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def weights_of(kind: str, N: int) -> Tensor:

@@ -100,7 +100,7 @@ def _turn_rows(
         _store_rows(out_rows, a, inside, P, BLOCK_P)
         _store_rows(out_rows + P, b, inside, P, BLOCK_P)
     if 2 * P < D:
-        BLOCK_REST: tl.constexpr = power_of_2(D - 2 * P)
+        BLOCK_REST: tl.constexpr = triton.next_power_of_2(D - 2 * P)
         rest = _load_rows(rows + 2 * P, valid, True, D - 2 * P, BLOCK_REST)  # [N, BLOCK_REST]
         _store_rows(out_rows + 2 * P, rest, inside, D - 2 * P, BLOCK_REST)
 

@@ -75,6 +75,15 @@ def add_product(q, k, s, PRODUCTS: tl.constexpr, KEYS_FIRST: tl.constexpr = Fals
 
 
 @triton.jit
+def idle(active_ptr, b):
+    """Whether row b of the batch need not be computed."""
+    result = False
+    if active_ptr is not None:
+        result = tl.load(active_ptr + b) == 0
+    return result
+
+
+@triton.jit
 def _rounded(x, factor):
     """x [M, BLOCK_D] * factor [M], rounded to even."""
     # 1.5 * 2^23: a sum with it has no bits below 1, so the adder rounds, ties to even.
@@ -90,7 +99,7 @@ def _in_steps(q, step):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def token_scores_kernel(
-    q_ptr, k_ptr, scales_ptr, pages_ptr, out_ptr, partial_ptr,
+    q_ptr, k_ptr, scales_ptr, pages_ptr, active_ptr, out_ptr, partial_ptr,
     stride_qb, stride_qh, stride_qr, stride_kb, stride_kh, stride_kn,
     stride_sb, stride_sh, stride_sn, pages_b, pages_h, pages_m,
     Hkv, group, R, N, count, width, first, scale,
@@ -105,12 +114,14 @@ def token_scores_kernel(
     then its maxima. With PACKED queries have 2 * D channels, and byte i of an entry holds channels
     i and i + D, the first in the low bits. With scales queries are rounded to whole steps, LEVELS
     of which are their largest element. Scores are [B, Hkv, group * R, N], LSEs [B, Hkv, tiles,
-    group * R].
+    group * R]. Rows of the batch that are not active are left out.
     """
     tiles = tl.num_programs(0) // Hkv
     tile = tl.program_id(0) % tiles
     kv_head = (tl.program_id(0) // tiles).to(tl.int64)
     b = tl.program_id(1).to(tl.int64)
+    if idle(active_ptr, b):
+        return
     entries = tile * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     exists = entries < N
     keys = entries.to(tl.int64)
@@ -177,14 +188,18 @@ def token_scores_kernel(
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def lse_kernel(
-    partial_ptr, lse_ptr, tiles, rows, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    partial_ptr, active_ptr, lse_ptr, tiles, rows, heads,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):
     """lse[u, i] = log sum_t e^partial[u, t, i] over the tiles t; -inf where all are.
 
-    Grid (row blocks * units, 1): BLOCK_M rows of one unit, BLOCK_N tiles at a time.
+    Grid (row blocks * units, 1): BLOCK_M rows of one unit, BLOCK_N tiles at a time. A row of the
+    batch is `heads` units.
     """
     blocks = tl.cdiv(rows, BLOCK_M)
     unit = (tl.program_id(0) // blocks).to(tl.int64)
+    if idle(active_ptr, unit // heads):
+        return
     i = tl.program_id(0) % blocks * BLOCK_M + tl.arange(0, BLOCK_M)  # [BLOCK_M]
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     z = tl.zeros([BLOCK_M], tl.float32)
@@ -204,7 +219,9 @@ def lse_kernel(
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
-def soft_vote_kernel(scores_ptr, lse_ptr, out_ptr, Hq, heads, R, N, BLOCK_N: tl.constexpr):
+def soft_vote_kernel(
+    scores_ptr, lse_ptr, active_ptr, out_ptr, Hq, heads, R, N, BLOCK_N: tl.constexpr,
+):
     """votes[b, s, r, i] = sum of e^(scores[b, h, r, i] - lse[b, h, r]) over the heads h of list s.
 
     Grid (blocks of keys * heads * R, B).
@@ -214,6 +231,8 @@ def soft_vote_kernel(scores_ptr, lse_ptr, out_ptr, Hq, heads, R, N, BLOCK_N: tl.
     s = unit // R
     r = unit % R
     b = tl.program_id(1).to(tl.int64)
+    if idle(active_ptr, b):
+        return
     i = tl.program_id(0) % blocks * BLOCK_N + tl.arange(0, BLOCK_N)  # [BLOCK_N]
     group = Hq // heads
     row = (b * Hq + s * group) * R + r
@@ -284,11 +303,13 @@ def plan_token_scores(
     first: int,
     scale: float,
     causal: bool,
+    active: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of `votes.token_scores`, and the (scores, lse) that they fill."""
     N = k.shape[2] if pages is None else pages.shape[2] * width
     scores = torch.empty((*q.shape[:3], N), dtype=torch.float32, device=q.device)
     more: dict[str, Any] = {"width": width, "first": first, "CAUSAL": causal}
+    more |= {"active_ptr": active}
     if scales is not None:
         more |= {"scales_ptr": scales, "LEVELS": query_levels(q.shape[3])}
         more |= zip(("stride_sb", "stride_sh", "stride_sn"), scales.stride(), strict=True)
@@ -304,39 +325,44 @@ def plan_token_scores(
 
 
 def plan_page_scores(
-    q: Tensor, bounds: Tensor, scale: float, normalize: bool
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None = None
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of page scores times `scale`, and the (scores, lse) that they fill.
 
     lse is empty if not asked for.
     """
     scores = torch.empty((*q.shape[:3], bounds.shape[2]), dtype=torch.float32, device=q.device)
-    launches, lse = _scores(q, bounds, scores, scale, normalize, {"BOUNDS": True})
+    more = {"BOUNDS": True, "active_ptr": active}
+    launches, lse = _scores(q, bounds, scores, scale, normalize, more)
     return launches, scores, lse
 
 
-def plan_lse(partial: Tensor, lse: Tensor) -> Launch:
+def plan_lse(partial: Tensor, lse: Tensor, active: Tensor | None = None) -> Launch:
     """Joins the LSEs [B, Hkv, tiles, rows] of tiles of keys into `lse`, rows last."""
     B, Hkv, tiles, rows = partial.shape
     block_m = min(8, power_of_2(rows))  # 8 rows are one sector of 32 bytes
     args = {
         "partial_ptr": partial,
+        "active_ptr": active,
         "lse_ptr": lse,
         "tiles": tiles,
         "rows": rows,
+        "heads": Hkv,
         "BLOCK_M": block_m,
         "BLOCK_N": 1024 // block_m,
     }
     return Launch(lse_kernel, (ceil_div(rows, block_m) * B * Hkv, 1), args, 4, 1)
 
 
-def plan_soft_vote(scores: Tensor, lse: Tensor, heads: int) -> tuple[list[Launch], Tensor]:
+def plan_soft_vote(
+    scores: Tensor, lse: Tensor, heads: int, active: Tensor | None = None
+) -> tuple[list[Launch], Tensor]:
     """The launch of `votes.soft_vote` on contiguous arguments, and the votes that it fills."""
     B, Hq, R, N = scores.shape
     votes = torch.empty((B, heads, R, N), dtype=torch.float32, device=scores.device)
     if votes.numel() == 0:
         return [], votes
-    args = {"scores_ptr": scores, "lse_ptr": lse, "out_ptr": votes}
+    args = {"scores_ptr": scores, "lse_ptr": lse, "active_ptr": active, "out_ptr": votes}
     args |= {"Hq": Hq, "heads": heads, "R": R, "N": N, "BLOCK_N": 1024}
     return [Launch(soft_vote_kernel, (ceil_div(N, 1024) * heads * R, B), args, 4, 1)], votes
 
@@ -399,6 +425,7 @@ def _scores(
         "k_ptr": k,
         "scales_ptr": None,
         "pages_ptr": None,
+        "active_ptr": None,
         "out_ptr": scores,
         "partial_ptr": None,
         "stride_qb": stride_qb,
@@ -438,4 +465,4 @@ def _scores(
         return [launch], lse
     partial = torch.empty((B, Hkv, tiles, group * R), dtype=torch.float32, device=q.device)
     args["partial_ptr"] = partial
-    return [launch, plan_lse(partial, lse)], lse
+    return [launch, plan_lse(partial, lse, args["active_ptr"])], lse

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lowcontext.ops.triton.launch import Launch
+from lowcontext.ops.triton.scores import idle
 from lowcontext.ops.triton.sizes import ceil_div, power_of_2
 
 # Entries of a row that one program holds, and of those how many it writes at a time: 16384 on 16
@@ -37,7 +38,7 @@ SHRINK = 4
 DIGITS = 4
 
 # fmt: off
-UNSPECIALIZED = ["N", "k", "chunks", "stride", "parts", "page_stride", "width", "first"]
+UNSPECIALIZED = ["N", "k", "chunks", "stride", "parts", "page_stride", "width", "first", "sharers"]
 
 
 @triton.jit
@@ -94,17 +95,20 @@ def _key_of(i, pages_ptr, row, page_stride, width, first, keep):
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def topk_row_kernel(
-    scores_ptr, limits_ptr, pages_ptr, ids_ptr, counts_ptr, best_ptr,
-    stride, page_stride, N, k, parts, width, first,
+    scores_ptr, limits_ptr, pages_ptr, active_ptr, ids_ptr, counts_ptr, best_ptr,
+    stride, page_stride, N, k, parts, width, first, sharers,
     BLOCK: tl.constexpr, STEP: tl.constexpr,
 ):
     """ids [rows, parts, k], zeros beyond the count, of the k largest of BLOCK entries at a time.
 
     With best_ptr also these entries [rows, parts, k], -inf beyond the count, else counts [rows].
-    Grid (rows * parts, 1).
+    Rows of the batch that are not active are left out; each has `sharers` rows. Grid (rows * parts,
+    1).
     """
     out = tl.program_id(0).to(tl.int64)
     row = out // parts
+    if idle(active_ptr, row // sharers):
+        return
     begin = tl.program_id(0) % parts * BLOCK
     scores = scores_ptr + row * stride
     i = begin + tl.arange(0, BLOCK)  # [BLOCK]
@@ -255,6 +259,7 @@ def plan_topk(
     pages: Tensor | None = None,
     width: int = 1,
     first: int = 0,
+    active: Tensor | None = None,
 ) -> tuple[list[Launch], Tensor, Tensor]:
     """The launches of `votes.topk`, and the (ids, counts) that they fill.
 
@@ -263,6 +268,7 @@ def plan_topk(
         k: as there.
         limits: int32 [rows], contiguous.
         pages, width, first: as in `keys_of`; pages int32 [rows, M], last dim contiguous.
+        active: bool [B], for rows [B, ...]; a row of too many entries is computed all the same.
     """
     rows, N = scores.shape
     k = min(k, N)
@@ -270,16 +276,17 @@ def plan_topk(
     launches: list[Launch] = []
     if rows == 0 or k == 0:
         return launches, counts.new_empty((rows, k)), counts.zero_()
+    given = {"active_ptr": active, "sharers": 1 if active is None else rows // len(active)}
     while N > ROW and k * SHRINK <= ROW:
         parts = ceil_div(N, ROW)
         found = counts.new_empty((rows, parts * k))
         best = torch.empty((rows, parts * k), dtype=torch.float32, device=scores.device)
-        args = _row_arguments(scores, k, limits, pages, width, first)
+        args = given | _row_arguments(scores, k, limits, pages, width, first)
         args |= {"ids_ptr": found, "best_ptr": best, "parts": parts, **_blocks(ROW)}
         launches.append(row_launch(topk_row_kernel, rows * parts, args))
         scores, pages, width, first, N = best, found, 1, 0, parts * k
     ids = counts.new_empty((rows, k))
-    args = _row_arguments(scores, k, limits, pages, width, first)
+    args = given | _row_arguments(scores, k, limits, pages, width, first)
     args |= {"ids_ptr": ids, "counts_ptr": counts}
     if N <= ROW:
         args |= _blocks(max(32, power_of_2(N)))

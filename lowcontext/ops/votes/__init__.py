@@ -16,7 +16,15 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
+from lowcontext.ops._checks import FLOAT_DTYPES
 from lowcontext.ops.votes import native, reference, triton
+from lowcontext.ops.votes._arguments import (
+    check_active,
+    check_float32,
+    check_heads,
+    check_pages,
+    check_queries,
+)
 from lowcontext.ops.votes._pages import Pages
 
 __all__ = [
@@ -35,7 +43,6 @@ BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 # Entries of a row whose masses, below 2^40 each, sum up in 64 bits.
 _MAX_MASSES = 2**23
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def token_scores(
@@ -46,6 +53,7 @@ def token_scores(
     causal: bool = True,
     scales: Tensor | None = None,
     pages: Pages | None = None,
+    active: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Scores keys with queries; each key is read once for all query heads of its KV head.
@@ -63,6 +71,8 @@ def token_scores(
         scales: fp32 [B, Hkv, N]; key i is `scales[i]` times its integers.
         pages: score only the keys of these pages; N is then `M * width`. A page must lie within
             the keys.
+        active: bool [B], rows of the batch that matter; what is returned for the others is
+            undefined, and a GPU does not compute it.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -79,35 +89,43 @@ def token_scores(
         >>> scores.shape, lse.shape
         (torch.Size([1, 8, 1, 1000]), torch.Size([1, 8, 1]))
     """
-    _check_queries(q)
+    check_queries(q)
     whole = k.dtype in (torch.int8, torch.uint8)
-    if not whole and k.dtype not in _FLOATS:
+    if not whole and k.dtype not in FLOAT_DTYPES:
         raise TypeError(f"k: expected a floating dtype, int8 or uint8, got {k.dtype}")
     if k.dtype == torch.uint8 and q.shape[3] % 2:
         raise ValueError(f"q: expected an even last dim with uint8 keys, got {q.shape[3]}")
-    _check_heads(q, "k", k, q.shape[3] // 2 if k.dtype == torch.uint8 else q.shape[3])
+    check_heads(q, "k", k, q.shape[3] // 2 if k.dtype == torch.uint8 else q.shape[3])
     if (scales is not None) != whole:
         raise ValueError(
             f"scales: expected with int8 and uint8 keys and with no others, got "
             f"{type(scales).__name__} with {k.dtype}"
         )
     if scales is not None:
-        _check_float32("scales", scales, 3)
+        check_float32("scales", scales, 3)
         if scales.shape != k.shape[:3]:
             raise ValueError(
                 f"scales: expected shape {list(k.shape[:3])}, got {list(scales.shape)}"
             )
     ids, width, first = None, 1, 0
     if pages is not None:
-        _check_pages(pages, *k.shape[:2])
+        check_pages(pages, *k.shape[:2])
         if pages.width > k.shape[2]:
             raise ValueError(f"pages: expected a width of 1 to {k.shape[2]}, got {pages.width}")
         ids, width, first = pages.ids, pages.width, pages.first
+    check_active(active, k.shape[0])
     run = _dispatch.implementation(BACKENDS, "token_scores", backend, k)
-    return run(q, k, scales, ids, width, first, float(scale), causal and ids is None)
+    return run(q, k, scales, ids, width, first, float(scale), causal and ids is None, active)
 
 
-def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "auto") -> Tensor:
+def soft_vote(
+    scores: Tensor,
+    lse: Tensor,
+    *,
+    heads: int = 1,
+    active: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Sums over heads the probability that each head gives to each key.
 
     votes[b, s, r, i] = sum of exp(scores[b, h, r, i] - lse[b, h, r]) over the heads h of list s
@@ -120,6 +138,7 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
             the same keys.
         lse: fp32 [B, Hq, R].
         heads: lists wanted: 1 for one per row, Hkv for one per KV head.
+        active: as in `token_scores`.
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -134,13 +153,15 @@ def soft_vote(scores: Tensor, lse: Tensor, *, heads: int = 1, backend: str = "au
         >>> soft_vote(scores, scores.logsumexp(-1))[0, 0, 0, 0].item()
         0.5
     """
-    _check_float32("scores", scores, 4)
-    _check_float32("lse", lse, 3)
+    check_float32("scores", scores, 4)
+    check_float32("lse", lse, 3)
     if lse.shape != scores.shape[:3]:
         raise ValueError(f"lse: expected shape {list(scores.shape[:3])}, got {list(lse.shape)}")
     if not 1 <= heads <= scores.shape[1] or scores.shape[1] % heads:
         raise ValueError(f"heads: expected a divisor of {scores.shape[1]}, got {heads}")
-    return _dispatch.implementation(BACKENDS, "soft_vote", backend, scores)(scores, lse, heads)
+    check_active(active, scores.shape[0])
+    run = _dispatch.implementation(BACKENDS, "soft_vote", backend, scores)
+    return run(scores, lse, heads, active)
 
 
 def topk(
@@ -150,6 +171,7 @@ def topk(
     limits: Tensor | None = None,
     first: int = 0,
     pages: Pages | None = None,
+    active: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """Ids of the largest entries of each row, ascending; of equal entries the lower ids.
@@ -161,6 +183,7 @@ def topk(
         first: id of the first entry of a row.
         pages: what `token_scores` took; the ids are then keys, not entries. Scores are [B, H, R,
             M * width], and the pages ascend.
+        active: as in `token_scores`, for scores [B, ..., N].
         backend: "auto", "native", "triton" or "reference".
 
     Returns:
@@ -195,11 +218,13 @@ def topk(
             raise ValueError(
                 f"scores: expected [B, H, R, {M * width}] with pages, got {list(scores.shape)}"
             )
-        _check_pages(pages, *rows[:2])
+        check_pages(pages, *rows[:2])
         of_pages = pages.ids[:, :, None].expand(*rows, M).reshape(-1, M)
     flat = scores.reshape(math.prod(rows), scores.shape[-1])
     run = _dispatch.implementation(BACKENDS, "topk", backend, scores)
-    ids, counts = run(flat, k, limits, of_pages, width, first)
+    if active is not None:
+        check_active(active, rows[0] if rows else 0)
+    ids, counts = run(flat, k, limits, of_pages, width, first, active)
     return ids.view(*rows, ids.shape[-1]), counts.view(rows)
 
 
@@ -296,11 +321,17 @@ def page_scores(q: Tensor, bounds: Tensor, *, backend: str = "auto") -> Tensor:
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    return _page_scores(q, bounds, 1.0, False, backend)[0]
+    return _page_scores(q, bounds, 1.0, False, None, backend)[0]
 
 
 def page_votes(
-    q: Tensor, bounds: Tensor, *, scale: float = 1.0, heads: int = 1, backend: str = "auto"
+    q: Tensor,
+    bounds: Tensor,
+    *,
+    scale: float = 1.0,
+    heads: int = 1,
+    active: Tensor | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """The soft vote of the heads on pages, by the bounds of `page_scores`.
 
@@ -308,6 +339,7 @@ def page_votes(
         q, bounds, backend: as there.
         scale: factor of the bounds before the softmax.
         heads: lists wanted, as in `soft_vote`.
+        active: as in `token_scores`.
 
     Returns:
         fp32 [B, heads, R, P].
@@ -315,19 +347,20 @@ def page_votes(
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    scores, lse = _page_scores(q, bounds, float(scale), True, backend)
-    return soft_vote(scores, lse, heads=heads, backend=backend)
+    scores, lse = _page_scores(q, bounds, float(scale), True, active, backend)
+    return soft_vote(scores, lse, heads=heads, active=active, backend=backend)
 
 
 def _page_scores(
-    q: Tensor, bounds: Tensor, scale: float, normalize: bool, backend: str
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None, backend: str
 ) -> tuple[Tensor, Tensor]:
-    _check_queries(q)
-    _check_heads(q, "bounds", bounds, 2 * q.shape[3])
-    if bounds.dtype not in _FLOATS:
+    check_queries(q)
+    check_heads(q, "bounds", bounds, 2 * q.shape[3])
+    if bounds.dtype not in FLOAT_DTYPES:
         raise TypeError(f"bounds: expected a floating dtype, got {bounds.dtype}")
+    check_active(active, bounds.shape[0])
     run = _dispatch.implementation(BACKENDS, "page_scores", backend, bounds)
-    return run(q, bounds, scale, normalize)
+    return run(q, bounds, scale, normalize, active)
 
 
 def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[Tensor, Tensor]:
@@ -347,7 +380,7 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
     Raises:
         TypeError, ValueError: an argument does not fit; the message names it.
     """
-    if not isinstance(k, Tensor) or k.dtype not in _FLOATS:
+    if not isinstance(k, Tensor) or k.dtype not in FLOAT_DTYPES:
         got = k.dtype if isinstance(k, Tensor) else type(k).__name__
         raise TypeError(f"k: expected a floating dtype, got {got}")
     if k.dim() != 4:
@@ -357,39 +390,3 @@ def quantize_keys(k: Tensor, *, bits: int = 8, backend: str = "auto") -> tuple[T
     if bits == 4 and k.shape[3] % 2:
         raise ValueError(f"k: expected an even last dim for 4 bits, got {k.shape[3]}")
     return _dispatch.implementation(BACKENDS, "quantize_keys", backend, k)(k, bits)
-
-
-def _check_queries(q: Tensor) -> None:
-    if not isinstance(q, Tensor) or q.dtype not in _FLOATS:
-        got = q.dtype if isinstance(q, Tensor) else type(q).__name__
-        raise TypeError(f"q: expected a floating dtype, got {got}")
-    if q.dim() != 4:
-        raise ValueError(f"q: expected 4 dimensions, got shape {list(q.shape)}")
-
-
-def _check_pages(pages: Pages, B: int, H: int) -> None:
-    ids = pages.ids
-    if ids.dtype != torch.int32 or ids.dim() != 3:
-        raise ValueError(f"pages: expected int32 [B, H, M], got {ids.dtype} {list(ids.shape)}")
-    if ids.shape[0] not in (1, B) or ids.shape[1] not in (1, H):
-        raise ValueError(f"pages: expected shape [1 or {B}, 1 or {H}, M], got {list(ids.shape)}")
-    if pages.width < 1:
-        raise ValueError(f"pages: expected a width of at least 1, got {pages.width}")
-
-
-def _check_float32(name: str, x: Tensor, dims: int) -> None:
-    if not isinstance(x, Tensor) or x.dtype != torch.float32:
-        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name}: expected an fp32 tensor, got {got}")
-    if x.dim() != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got shape {list(x.shape)}")
-
-
-def _check_heads(q: Tensor, name: str, k: Tensor, width: int) -> None:
-    if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != width:
-        raise ValueError(
-            f"{name}: expected shape {[q.shape[0], 'Hkv', 'N', width]}, got {list(k.shape)}"
-        )
-    _checks.check_groups(q.shape[1], k.shape[1])
-    if k.device != q.device:
-        raise ValueError(f"{name}: expected device {q.device} of q, got {k.device}")

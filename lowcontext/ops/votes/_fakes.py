@@ -15,6 +15,7 @@ def token_scores(
     first: int,
     scale: float,
     causal: bool,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes of `lowcontext.ops.votes.token_scores`."""
     N = k.shape[2] if pages is None else pages.shape[2] * width
@@ -22,13 +23,19 @@ def token_scores(
     return scores, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+def soft_vote(scores: Tensor, lse: Tensor, heads: int, active: Tensor | None) -> Tensor:
     """Shapes of `lowcontext.ops.votes.soft_vote`."""
     return scores.new_empty(scores.shape[0], heads, *scores.shape[2:])
 
 
 def topk(
-    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+    scores: Tensor,
+    k: int,
+    limits: Tensor | None,
+    pages: Tensor | None,
+    width: int,
+    first: int,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Shapes of `lowcontext.ops.votes.topk`."""
     rows, N = scores.shape
@@ -41,7 +48,9 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return weights.new_empty(weights.shape, dtype=torch.bool)
 
 
-def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Shapes of the scores of pages and of their LSE, which is empty if not asked for."""
     scores = q.new_empty(*q.shape[:3], bounds.shape[2], dtype=torch.float32)
     return scores, scores.new_empty(q.shape[:3] if normalize else 0)

@@ -13,12 +13,12 @@ from lowcontext.ops.votes.reference import round_queries
 _load = loader(
     {
         "token_scores": lambda q, k, scales, starts, width, scale, causal: _fakes.token_scores(
-            q, k, scales, starts, width, 0, scale, causal
+            q, k, scales, starts, width, 0, scale, causal, None
         ),
-        "soft_vote": _fakes.soft_vote,
-        "topk": lambda scores, k, limits: _fakes.topk(scores, k, limits, None, 1, 0),
+        "soft_vote": lambda scores, lse, heads: _fakes.soft_vote(scores, lse, heads, None),
+        "topk": lambda scores, k, limits: _fakes.topk(scores, k, limits, None, 1, 0, None),
         "mass_mask": _fakes.mass_mask,
-        "page_scores": lambda q, bounds: _fakes.page_scores(q, bounds, 1.0, False)[0],
+        "page_scores": lambda q, bounds: _fakes.page_scores(q, bounds, 1.0, False, None)[0],
         "quantize_keys": _fakes.quantize_keys,
     }
 )
@@ -45,6 +45,7 @@ def token_scores(
     first: int,
     scale: float,
     causal: bool,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.token_scores`."""
     _load()
@@ -53,14 +54,20 @@ def token_scores(
     return torch.ops.lowcontext.token_scores(q, k, scales, starts, width, scale, causal)
 
 
-def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+def soft_vote(scores: Tensor, lse: Tensor, heads: int, active: Tensor | None) -> Tensor:
     """See `lowcontext.ops.votes.soft_vote`."""
     _load()
     return torch.ops.lowcontext.soft_vote(scores.contiguous(), lse.contiguous(), heads)
 
 
 def topk(
-    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+    scores: Tensor,
+    k: int,
+    limits: Tensor | None,
+    pages: Tensor | None,
+    width: int,
+    first: int,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.topk`; scores [rows, N], pages [rows, M]."""
     _load()
@@ -76,7 +83,9 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return torch.ops.lowcontext.mass_mask(weights.contiguous(), share, forced)
 
 
-def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scores of pages times `scale` and, if asked for, their LSE."""
     _load()
     q = _rows(q) if scale == 1.0 else q.float() * scale

@@ -26,6 +26,7 @@ def token_scores(
     first: int,
     scale: float,
     causal: bool,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.token_scores`."""
     R, Hkv = q.shape[2], k.shape[1]
@@ -49,7 +50,7 @@ def token_scores(
     return scores, scores.logsumexp(dim=-1)
 
 
-def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+def soft_vote(scores: Tensor, lse: Tensor, heads: int, active: Tensor | None) -> Tensor:
     """See `lowcontext.ops.votes.soft_vote`."""
     base = torch.where(lse == -torch.inf, 0.0, lse)
     weights = torch.exp(scores - base[..., None])
@@ -59,7 +60,13 @@ def soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
 
 
 def topk(
-    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+    scores: Tensor,
+    k: int,
+    limits: Tensor | None,
+    pages: Tensor | None,
+    width: int,
+    first: int,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """See `lowcontext.ops.votes.topk`; scores [rows, N], pages [rows, M]."""
     ids, counts = _topk(scores, k, limits)
@@ -119,7 +126,9 @@ def mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return (keep if forced is None else keep | forced) & part
 
 
-def page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Scores of pages times `scale` and, if asked for, their LSE."""
     q = q.float() * scale
     # max(q_d * min_d, q_d * max_d) takes min_d where q_d < 0 and max_d where q_d > 0.

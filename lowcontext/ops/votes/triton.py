@@ -39,32 +39,39 @@ def _token_scores(
     first: int,
     scale: float,
     causal: bool,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton import scores
 
     plan = scores.plan_token_scores
-    launches, out, lse = plan(_rows(q), k, scales, pages, width, first, scale, causal)
+    launches, out, lse = plan(_rows(q), k, scales, pages, width, first, scale, causal, active)
     execute(launches, q.device)
     return out, lse
 
 
-def _soft_vote(scores: Tensor, lse: Tensor, heads: int) -> Tensor:
+def _soft_vote(scores: Tensor, lse: Tensor, heads: int, active: Tensor | None) -> Tensor:
     from lowcontext.ops.triton.scores import plan_soft_vote
 
-    launches, votes = plan_soft_vote(scores.contiguous(), lse.contiguous(), heads)
+    launches, votes = plan_soft_vote(scores.contiguous(), lse.contiguous(), heads, active)
     execute(launches, scores.device)
     return votes
 
 
 def _topk(
-    scores: Tensor, k: int, limits: Tensor | None, pages: Tensor | None, width: int, first: int
+    scores: Tensor,
+    k: int,
+    limits: Tensor | None,
+    pages: Tensor | None,
+    width: int,
+    first: int,
+    active: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton.select import plan_topk
 
     scores = scores if scores.stride(1) == 1 else scores.contiguous()
     limits = limits if limits is None else limits.contiguous()
     pages = pages if pages is None or pages.stride(1) == 1 else pages.contiguous()
-    launches, ids, counts = plan_topk(scores, k, limits, pages, width, first)
+    launches, ids, counts = plan_topk(scores, k, limits, pages, width, first, active)
     execute(launches, scores.device)
     return ids, counts
 
@@ -78,10 +85,12 @@ def _mass_mask(weights: Tensor, share: int, forced: Tensor | None) -> Tensor:
     return keep
 
 
-def _page_scores(q: Tensor, bounds: Tensor, scale: float, normalize: bool) -> tuple[Tensor, Tensor]:
+def _page_scores(
+    q: Tensor, bounds: Tensor, scale: float, normalize: bool, active: Tensor | None
+) -> tuple[Tensor, Tensor]:
     from lowcontext.ops.triton import scores
 
-    launches, out, lse = scores.plan_page_scores(_rows(q), bounds, scale, normalize)
+    launches, out, lse = scores.plan_page_scores(_rows(q), bounds, scale, normalize, active)
     execute(launches, q.device)
     return out, lse
 
