@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(lowcontext, m) {
       "int chunk, bool final, bool last_score, Tensor? counts, Tensor? starts, int chunk_before) "
       "-> "
       "(Tensor, Tensor)");
+  m.def(
+      "rotate_to(Tensor x, Tensor? old, Tensor? new, int old_first, int old_step, int new_first, "
+      "int new_step, Tensor inv_freq, bool interleaved) -> Tensor");
+  m.def(
+      "gather_moved(Tensor k, Tensor v, Tensor keys, Tensor first, Tensor inv_freq, bool "
+      "interleaved) -> (Tensor, Tensor)");
   m.def("_prefer_huge_pages(Tensor fresh) -> ()");
   m.def("cpu_isa() -> str");
   m.def("_set_cpu_isa(str isa) -> ()");

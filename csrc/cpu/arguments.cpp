@@ -5,7 +5,6 @@
 #include "launch.h"
 
 namespace lowcontext {
-namespace {
 
 using torch::headeronly::ScalarType;
 
@@ -29,8 +28,6 @@ TensorView view_of(const Tensor& t, const char* name) {
   LC_CHECK(t.stride(3) == 1, name, "a contiguous last dimension", concat("stride ", t.stride(3)));
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
-
-}  // namespace
 
 IndexView index_view(const Tensor& t, const char* name, int64_t dims, int64_t batch, int64_t heads,
                      int64_t blocks) {

@@ -8,6 +8,12 @@
 
 namespace lowcontext {
 
+// float32, bfloat16 or float16.
+DType dtype_of(const Tensor& t, const char* name);
+
+// [B, H, L, D] with a contiguous last dimension.
+TensorView view_of(const Tensor& t, const char* name);
+
 // q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D], float32, bfloat16 or float16; kv_start int32 or int64
 // [B].
 Problem make_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale,

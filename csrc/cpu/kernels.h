@@ -9,6 +9,7 @@
 #include "key_panels.h"
 #include "panel.h"
 #include "plan.h"
+#include "rotary.h"
 #include "rows.h"
 #include "vec.h"
 #include "votes.h"
@@ -80,7 +81,7 @@ constexpr KernelTable kTable = {kIsaName,       {kDecodeLanes, kLanes, kWidth},
                                 window_scan,    window_add,
                                 kVotes,         best_scores,
                                 pack_keys,      best_of_panels,
-                                kBlockScores};
+                                kBlockScores,   kRotary};
 
 }  // namespace
 }  // namespace lowcontext

@@ -6,6 +6,7 @@
 
 #include "../common/block_scores.h"
 #include "../common/problem.h"
+#include "../common/rotary.h"
 #include "../common/votes.h"
 #include "../common/window_scores.h"
 
@@ -131,6 +132,7 @@ struct KernelTable {
   void (*pack_keys)(const KeyPanelCall&);
   void (*best_of_panels)(const PanelScoreCall&);
   BlockScoreKernels block_scores;
+  RotaryKernels rotary;
 };
 
 Plan make_plan(const Problem& problem, const KernelShape& shape);

@@ -400,7 +400,7 @@ def test_compact_equals_attention_over_the_list_at_adjacent_positions(
     rotated_k = placed(k, torch.arange(Lk))
     layer = LayerContext(scale=0.25, rotary=rotary)
     # Candidates vote at position 0, decode queries at `local`, those of a chunk one by one behind.
-    level = 20 + (torch.arange(Lq) if Lq > 32 else torch.zeros(Lq))
+    level = 20 + (torch.arange(Lq) if Lq > 32 else torch.zeros(Lq, dtype=torch.int64))
     original = make(chunk=40, scope=scope).parts(placed(q, level), k, LayerContext(scale=0.25))
     ((_, _, index),) = original
     mask = index.to_mask(Lq, Lk)

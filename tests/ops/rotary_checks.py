@@ -171,11 +171,21 @@ def check_errors() -> None:
     x, f, ints = rand(2, 2, 9, 16), frequencies(8, "cpu"), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="inv_freq: expected at most 7 pairs, got 8"):
         rotate_to(x[..., :15], 0, 1, f)
+    with pytest.raises(TypeError, match="old: expected dtype int32 or int64, got torch.float32"):
+        rotate_to(x, torch.zeros(9), 1, f)
     with pytest.raises(ValueError, match="new: expected 9 positions, got a range of 8"):
         rotate_to(x, 0, range(8), f)
     lists = torch.zeros(2, 2, 4, dtype=torch.int32)
-    with pytest.raises(ValueError, match="starts: expected \\[B, H, S\\] with a contiguous"):
+    with pytest.raises(
+        TypeError, match="inv_freq: expected dtype torch.float32, got torch.float64"
+    ):
+        rotate_to(x, 0, 1, f.double())
+    with pytest.raises(ValueError, match="starts: expected shape \\[B, H, S\\], got \\[2\\]"):
+        list_keys(ints, ints, 0, 9, 9)
+    with pytest.raises(ValueError, match="starts: expected a contiguous last dim, got stride 4"):
         list_keys(lists.mT, ints, 0, 9, 9)
+    with pytest.raises(TypeError, match="counts: expected dtype torch.int32, got torch.int64"):
+        list_keys(lists, ints.long(), 0, 9, 9)
     with pytest.raises(ValueError, match="counts: expected shape \\[2\\], got \\[1\\]"):
         list_keys(lists, ints[:1], 0, 9, 9)
     with pytest.raises(ValueError, match="low: expected shape \\[1\\] or \\[2\\], got \\[2, 1\\]"):

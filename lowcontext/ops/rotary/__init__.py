@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops import _checks, _dispatch
-from lowcontext.ops.rotary import reference, triton
+from lowcontext.ops.rotary import native, reference, triton
+from lowcontext.ops.rotary._positions import Positions
 
 __all__ = ["Positions", "gather_moved", "list_keys", "rotate_to"]
 
-BACKENDS = {"triton": triton, "reference": reference}
-
-# Positions of rows [L, D]: a tensor, one number for all of them, or a range of L numbers.
-Positions = Tensor | int | range
+BACKENDS = {"native": native, "triton": triton, "reference": reference}
 
 
 def rotate_to(
@@ -42,17 +40,18 @@ def rotate_to(
 
     Args:
         x: [..., D], any floating dtype; the arithmetic is fp32.
-        old, new: int [...], broadcast to x without its last dim; or an int for all vectors; or a
-            range along the last but one dim.
+        old, new: int32 or int64 [...], broadcast to x without its last dim; or an int for all
+            vectors; or a range along the last but one dim.
         inv_freq: fp32 [P]; the first 2 * P channels are rotated, the others pass.
         interleaved: pairs are channels (2i, 2i + 1) instead of (i, i + P).
         dtype: of the result; that of x where None.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [..., D].
 
     Raises:
+        TypeError: the positions are no ints, or the frequencies no fp32.
         ValueError: more than D channels would be rotated, or a range has another length than x.
         RuntimeError: no backend, or not the named one, can run it.
 
@@ -64,6 +63,8 @@ def rotate_to(
     """
     _check_frequencies(x, inv_freq)
     for name, positions in (("old", old), ("new", new)):
+        if isinstance(positions, Tensor) and positions.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected dtype int32 or int64, got {positions.dtype}")
         if isinstance(positions, range) and len(positions) != x.shape[-2]:
             raise ValueError(
                 f"{name}: expected {x.shape[-2]} positions, got a range of {len(positions)}"
@@ -102,7 +103,7 @@ def list_keys(
         int32 [B, H, M], the list in its last entries and 0 before them; int32 [B], where it begins.
 
     Raises:
-        ValueError: a tensor does not fit.
+        TypeError, ValueError: a tensor does not fit; the message names it.
         RuntimeError: no backend, or not the named one, can run it.
 
     Example:
@@ -113,15 +114,12 @@ def list_keys(
         ([[[0, 0, 0, 1, 4, 6, 9, 10]]], [2])
     """
     B = starts.shape[0]
-    if starts.dim() != 3 or (starts.shape[2] > 1 and starts.stride(2) != 1):
-        raise ValueError(
-            f"starts: expected [B, H, S] with a contiguous last dim, got {list(starts.shape)} "
-            f"with strides {starts.stride()}"
-        )
-    if counts.shape != (B,):
-        raise ValueError(f"counts: expected shape [{B}], got {list(counts.shape)}")
-    if isinstance(low, Tensor) and low.shape not in ((1,), (B,)):
-        raise ValueError(f"low: expected shape [1] or [{B}], got {list(low.shape)}")
+    _check_ints("starts", starts, starts.dim() == 3, "[B, H, S]")
+    if starts.shape[2] > 1 and starts.stride(2) != 1:
+        raise ValueError(f"starts: expected a contiguous last dim, got stride {starts.stride(2)}")
+    _check_ints("counts", counts, counts.shape == (B,), f"[{B}]")
+    if isinstance(low, Tensor):
+        _check_ints("low", low, low.shape in ((1,), (B,)), f"[1] or [{B}]")
     run = _dispatch.implementation(BACKENDS, "list_keys", backend, starts)
     return run(starts, counts, low, Lk, size, width, sink)
 
@@ -146,7 +144,7 @@ def gather_moved(
         first: int32 [B]; entries before it are not read, and come out as zeros.
         inv_freq: fp32 [P]; the first 2 * P channels are rotated, the others pass.
         interleaved: pairs are channels (2i, 2i + 1) instead of (i, i + P).
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "native", "triton" or "reference".
 
     Returns:
         [B, Hkv, M, D] and [B, Hkv, M, Dv] in the dtypes of k and v.
@@ -159,7 +157,7 @@ def gather_moved(
         >>> import torch
         >>> k, v = torch.randn(1, 2, 1000, 64), torch.randn(1, 2, 1000, 64)
         >>> keys, f = torch.arange(0, 1000, 10).int().expand(1, 1, -1), torch.full((32,), 0.1)
-        >>> moved, values = gather_moved(k, v, keys, torch.tensor([3]), f)
+        >>> moved, values = gather_moved(k, v, keys, torch.tensor([3]).int(), f)
         >>> moved.shape, torch.equal(values[:, :, 3:], v[:, :, 30::10])
         (torch.Size([1, 2, 100, 64]), True)
     """
@@ -172,15 +170,23 @@ def gather_moved(
             f"v: expected {k.dtype} [{B}, {Hkv}, {k.shape[2]}, Dv] as k, got {v.dtype} "
             f"{list(v.shape)}"
         )
-    if keys.dim() != 3 or keys.shape[0] != B or keys.shape[1] not in (1, Hkv):
-        raise ValueError(f"keys: expected shape [{B}, 1 or {Hkv}, M], got {list(keys.shape)}")
-    if first.shape != (B,):
-        raise ValueError(f"first: expected shape [{B}], got {list(first.shape)}")
+    fits = keys.dim() == 3 and keys.shape[0] == B and keys.shape[1] in (1, Hkv)
+    _check_ints("keys", keys, fits, f"[{B}, 1 or {Hkv}, M]")
+    _check_ints("first", first, first.shape == (B,), f"[{B}]")
     run = _dispatch.implementation(BACKENDS, "gather_moved", backend, k)
     return run(k, v, keys, first, inv_freq, interleaved)
 
 
+def _check_ints(name: str, x: Tensor, fits: bool, shape: str) -> None:
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name}: expected dtype torch.int32, got {x.dtype}")
+    if not fits:
+        raise ValueError(f"{name}: expected shape {shape}, got {list(x.shape)}")
+
+
 def _check_frequencies(x: Tensor, inv_freq: Tensor) -> None:
+    if inv_freq.dtype != torch.float32:
+        raise TypeError(f"inv_freq: expected dtype torch.float32, got {inv_freq.dtype}")
     P = inv_freq.shape[0]
     if x.shape[-1] < 2 * P:
         raise ValueError(f"inv_freq: expected at most {x.shape[-1] // 2} pairs, got {P}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowcontext.ops.rotary._positions import Positions
+
 
 def supports(op: str, like: Tensor) -> str | None:
     """None: any device, any floating dtype."""
@@ -13,8 +15,8 @@ def supports(op: str, like: Tensor) -> str | None:
 
 def rotate_to(
     x: Tensor,
-    old: Tensor | int | range,
-    new: Tensor | int | range,
+    old: Positions,
+    new: Positions,
     inv_freq: Tensor,
     interleaved: bool,
     dtype: torch.dtype,
@@ -70,7 +72,7 @@ def gather_moved(
     return moved.masked_fill(absent, 0.0), values.masked_fill(absent, 0.0)
 
 
-def _tensor(positions: Tensor | int | range, device: torch.device) -> Tensor:
+def _tensor(positions: Positions, device: torch.device) -> Tensor:
     if isinstance(positions, Tensor):
         return positions
     if isinstance(positions, range):

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowcontext.ops.rotary import _fakes
+from lowcontext.ops.rotary._positions import Positions, kernel_positions
 from lowcontext.ops.triton import execute, operator, unfit_device
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,21 +29,14 @@ def supports(op: str, like: Tensor) -> str | None:
 
 def rotate_to(
     x: Tensor,
-    old: Tensor | int | range,
-    new: Tensor | int | range,
+    old: Positions,
+    new: Positions,
     inv_freq: Tensor,
     interleaved: bool,
     dtype: torch.dtype,
 ) -> Tensor:
     """See `lowcontext.ops.rotary.rotate_to`."""
-    tensors: list[Tensor | None] = []
-    steps: list[int] = []
-    for positions in (old, new):
-        tensors.append(positions if isinstance(positions, Tensor) else None)
-        if isinstance(positions, range):
-            steps += [positions.start, positions.step]
-        else:
-            steps += [0 if isinstance(positions, Tensor) else positions, 0]
+    tensors, steps = kernel_positions(old, new)
     return _rotate(x, *tensors, steps, inv_freq, interleaved, dtype)
 
 
