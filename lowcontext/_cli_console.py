@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -21,7 +21,13 @@ from rich.progress import (
 console = Console()
 
 ModelArg = Annotated[str, typer.Argument(help="Folder of a Hugging Face causal LM.")]
-MethodsOpt = Annotated[str, typer.Option(help="Comma-separated names, each with its defaults.")]
+MethodsOpt = Annotated[
+    str,
+    typer.Option(
+        help="Comma-separated names, each with its defaults; what is compared with dense needs "
+        "dense among them. Default, without -m and --sweep: dense."
+    ),
+]
 MethodOpt = Annotated[
     list[str] | None,
     typer.Option("--method", "-m", help="NAME:key=value,key=value; repeatable."),
@@ -39,6 +45,7 @@ DeviceOpt = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ... or auto.")]
 DeviceMapOpt = Annotated[
     str | None, typer.Option(help="Spread layers over devices: auto, balanced, sequential, ...")
 ]
+SeedOpt = Annotated[int, typer.Option(help="Seed of the first sample; the next has the next.")]
 ChunkOpt = Annotated[int | None, typer.Option(help="Prefill in chunks of so many tokens.", min=1)]
 
 
@@ -47,12 +54,19 @@ def errors() -> Iterator[None]:
     """Turns expected failures into one red line and exit code 1."""
     try:
         yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        _fail(f"expected {package} to be installed; pip install {package}, and run again", error)
     except (ValueError, TypeError, NotImplementedError, OSError, RuntimeError) as error:
-        # Not wrapped: a path in it can be copied.
-        Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"error: {error}", style="red", markup=False
-        )
-        raise typer.Exit(1) from error
+        _fail(str(error), error)
+
+
+def _fail(message: str, error: Exception) -> NoReturn:
+    # Not wrapped: a path in it can be copied.
+    Console(stderr=True, soft_wrap=True, highlight=False).print(
+        f"error: {message}", style="red", markup=False
+    )
+    raise typer.Exit(1) from error
 
 
 @contextmanager

@@ -45,7 +45,12 @@ def perplexity(
     ] = None,
     windows: Annotated[int | None, typer.Option(help="Most windows per length.", min=1)] = None,
     decode: Annotated[
-        int, typer.Option(help="Score the last so many tokens of a window, fed one by one.", min=0)
+        int,
+        typer.Option(
+            help="Score the last so many tokens of a window, fed one by one: what methods that are "
+            "sparse in decode only need.",
+            min=0,
+        ),
     ] = 0,
     chunk: ChunkOpt = None,
     dtype: DtypeOpt = "auto",

@@ -216,3 +216,22 @@ def test_a_picture_that_does_not_fit_is_named_and_the_rows_are_kept(
     assert "No space left on device" in output
     assert "the rows are kept" in output
     assert len(rows(tmp_path / f"{command}.jsonl")) == 1
+
+
+@pytest.mark.parametrize("command", ["needle", "fidelity"])
+def test_without_the_package_of_the_pictures_one_line_says_so_and_the_rows_are_kept(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    text = tmp_path / "book.txt"
+    text.write_text(TEXT)
+    options = {
+        "needle": ["--lengths", "512", "--limit", "1"],
+        "fidelity": ["--prompt", text, "--max-length", "64"],
+    }
+    code, output = run(command, checkpoint, *options[command], "--out", tmp_path)
+    assert code == 1
+    assert "error: expected matplotlib to be installed; pip install matplotlib" in output
+    assert rows(tmp_path / f"{command}.jsonl")

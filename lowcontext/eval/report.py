@@ -135,6 +135,11 @@ def _load(path: Path, name: str) -> Run:
         content = json.loads(first)
     except ValueError as error:
         raise ValueError(f"runs: expected JSON lines in {str(path)!r} ({error})") from error
+    if isinstance(content, dict) and {"nll", "mass"} & set(content):
+        raise ValueError(
+            f"runs: expected rows of needle or ruler in {str(path)!r}, got those of perplexity or "
+            "fidelity, which print their tables again when the same command runs again"
+        )
     if isinstance(content, dict) and "depth" in content:
         return Run(name, tuple(read_rows(path)), ())
     return Run(name, (), tuple(read_ruler_rows(path)))

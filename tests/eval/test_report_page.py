@@ -92,6 +92,10 @@ def test_files_that_are_no_run_are_refused(tmp_path: Path) -> None:
     empty.write_text('{"a": 1}\n')
     with pytest.raises(ValueError, match="expected a ruler row in line 1"):
         load_runs([empty])
+    for measure in ("nll", "mass"):
+        empty.write_text(f'{{"method": "dense", "{measure}": 1}}\n')
+        with pytest.raises(ValueError, match="expected rows of needle or ruler in .* same command"):
+            load_runs([empty])
 
 
 def test_a_run_is_named_only_beside_another_of_its_kind(tmp_path: Path) -> None:
