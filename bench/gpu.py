@@ -10,6 +10,7 @@ until then stays. A figure whose kernels did not pass their tests says so in its
     build.log test.log bench.log sanitizer.log
     tests.jsonl               a line per test: outcome, and the kernels that it covers
     gpu-TIME.jsonl            a line per figure
+    tune-TIME.jsonl           a line per tile size, from the stage `tune`, which `--only` asks for
     tables.md                 the tables of docs/benchmarks.md
 """
 

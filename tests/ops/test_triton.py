@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
 import torch
+from at_once import AtOnce, at_once, wanted
 
 from lowcontext.ops import triton as backend
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
-
-ROOT = Path(__file__).parents[2]
 
 
 def numbers(package: str) -> tuple[int, int]:
@@ -37,19 +36,36 @@ CASES = {
 }
 
 
-def run_cases(file: str, interpret: bool) -> None:
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
-    if interpret:
-        env |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-x", f"tests/ops/{file}"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600
-    )
+def check(done: subprocess.CompletedProcess[str], file: str) -> None:
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed is not None, done.stdout
     assert int(passed[1]) >= CASES[file]
+
+
+def started(request: pytest.FixtureRequest, folder: Path, **env: str) -> Iterator[AtOnce]:
+    command = ["pytest", "-x", "-p", "no:cacheprovider"]
+    files = {file: [*command, f"tests/ops/{file}"] for file in wanted(request, "file")}
+    with at_once(files, folder, **env) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def interpreted(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AtOnce]:
+    """The cases of each file in the interpreter."""
+    yield from started(
+        request, tmp_path_factory.mktemp("cases"), TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES=""
+    )
+
+
+@pytest.fixture(scope="module")
+def compiled(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AtOnce]:
+    """The cases of each file on the GPU."""
+    yield from started(request, tmp_path_factory.mktemp("cases"))
 
 
 @pytest.mark.skipif(
@@ -57,15 +73,15 @@ def run_cases(file: str, interpret: bool) -> None:
     reason="the interpreter of triton 3.6 needs numpy < 2.4",
 )
 @pytest.mark.parametrize("file", CASES)
-def test_every_case_passes_in_the_interpreter(file: str) -> None:
-    run_cases(file, interpret=True)
+def test_every_case_passes_in_the_interpreter(file: str, interpreted: AtOnce) -> None:
+    check(interpreted[file], file)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("file", CASES)
-def test_every_case_passes_on_the_gpu(file: str) -> None:
-    run_cases(file, interpret=False)
+def test_every_case_passes_on_the_gpu(file: str, compiled: AtOnce) -> None:
+    check(compiled[file], file)
 
 
 @pytest.mark.parametrize(

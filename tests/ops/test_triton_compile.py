@@ -8,14 +8,12 @@ The handful of configurations is `bench.kernels_report.REPRESENTATIVE`; all of t
 from __future__ import annotations
 
 import json
-import os
 import platform
 import re
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 import pytest
+from at_once import AtOnce, at_once, wanted
 
 pytest.importorskip("triton", reason="the Triton backend is optional")
 
@@ -32,7 +30,17 @@ KERNELS = {
 READERS = {"prefill", "decode", "token_scores", "quantize", "window_lse", "window_sums"}
 READERS |= {"stale", "block_means", "antidiagonal", "rows", "tree", "stage"}
 READERS |= {"rotate", "gather_moved"}
-ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def reports(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[AtOnce]:
+    """The report of each architecture."""
+    command = ["bench.kernels_report", "--json", "--arch"]
+    commands = {arch: [*command, str(arch)] for arch in wanted(request, "arch")}
+    with at_once(commands, tmp_path_factory.mktemp("reports")) as started:
+        yield started
 
 
 @pytest.mark.skipif(
@@ -42,19 +50,9 @@ ROOT = Path(__file__).parents[2]
     ("arch", "tensor_cores"), [(80, "mma.sync"), (90, "wgmma"), (100, "tcgen05")]
 )
 def test_kernels_compile_without_spills_and_within_shared_memory(
-    arch: int, tensor_cores: str
+    arch: int, tensor_cores: str, reports: AtOnce
 ) -> None:
-    # A process of its own: TRITON_INTERPRET or a GPU in this one must not matter.
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.kernels_report", "--json", "--arch", str(arch)],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env=env,
-        check=False,
-        timeout=600,
-    )
+    done = reports[arch]
     assert done.stdout, done.stderr
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert {line["kernel"] for line in lines} == KERNELS
@@ -65,7 +63,7 @@ def test_kernels_compile_without_spills_and_within_shared_memory(
         if line["kernel"] == "prefill" and "bfloat16" in line["config"]:
             assert line["products"] == tensor_cores, line
         if line["kernel"] in ("prefill", "decode") and "bfloat16" in line["config"]:
-            assert line["ahead"] == 2, f"expected copies two tiles ahead, got {line}"
+            assert line["ahead"] >= 2, f"expected the copies of a tile ahead, got {line}"
         # 2 bytes at a time is what is left where the alignment of a row gets lost.
         wide = re.fullmatch(r"\d+x16", line["rows"]) is not None
         assert wide == (line["kernel"] in READERS), f"expected loads of 16 bytes, got {line}"

@@ -119,7 +119,8 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     """Tile sizes of the prefill kernel.
 
     Chosen from the compiler's report alone (`python -m bench.kernels_report --all`): the widest
-    tiles that spill no register and fit in shared memory. Not timed yet.
+    tiles that spill no register and fit in shared memory. Not timed yet: `python -m bench.gpu
+    --only tune,tables` times them beside the others.
     """
     rows = max(16, min(128, power_of_2(block_q)))
     # IEEE products do not use tensor cores: 32 rows spill up to 864 bytes, 32 keys up to 40, and 8
@@ -132,9 +133,12 @@ def prefill_tiles(D: int, itemsize: int, block_q: int, capability: int) -> Tiles
     # 128 rows 8. wgmma (sm_90) and tcgen05 (sm_10x) read them from shared memory.
     if D > 64 and not 90 <= capability < 120:
         return Tiles(min(rows, 64), 32, 4, 3)
+    if rows == 128:
+        # Registers leave room for one block, shared memory for copies of two tiles ahead.
+        return Tiles(128, 64, 8, 4)
     if rows == 64:
         return Tiles(64, _square_keys(capability), 4, 3)
-    return Tiles(rows, 64 if rows > 16 else 32, 8 if rows > 64 else 4, 3)
+    return Tiles(rows, 64 if rows > 16 else 32, 4, 3)
 
 
 def decode_tiles(D: int, itemsize: int, rows: int, capability: int) -> Tiles:
