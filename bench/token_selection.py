@@ -39,7 +39,9 @@ from bench.selection_mass import (
 )
 from bench.timing import environment, interleave, read_bandwidth
 from lowcontext import LayerContext
+from lowcontext.methods.base import Moved, Rotary
 from lowcontext.methods.tokenselect import TokenSelect
+from lowcontext.ops.rotary import gather_moved
 
 console = Console(width=160)
 app = typer.Typer(add_completion=False)
@@ -115,6 +117,7 @@ def decode(
         "int4": {"cache_threshold": None, "scoring": "int4"},
         "pages": {"cache_threshold": None, "scoring": "pages"},
         "hit": {"cache_threshold": 0.9, "cache_steps": 10**6},
+        "compact": {"positions": "compact"},
     }
     calls: dict[str, Callable[[], Tensor]] = {
         "sdpa": lambda: sdpa(queries[0], k, v, enable_gqa=True),
@@ -135,6 +138,8 @@ def decode(
         "int4": Hkv * length * (D // 2 + 4) + listed,
         "pages": 2 * full // 16 + candidates + listed,
         "hit": listed,
+        # The listed keys and values are copied, and the copy read.
+        "compact": 2 * full // 16 + candidates + 2 * listed,
     }
     bandwidth = 2 * Hkv * length * D * 4 / times["read"].p50 / 1e6
     table = Table(
@@ -174,25 +179,19 @@ def _stepper(
 ) -> Callable[[], Tensor]:
     """A step with the next query; each has its own memory, and they share the state of the keys."""
     scale = float(k.shape[3]) ** -0.5
-    state = LayerContext(scale=scale)
+    pairs = k.shape[3] // 2
+    rotary = Rotary(5e5 ** -(torch.arange(pairs) / pairs))
+    state = LayerContext(scale=scale, rotary=rotary)
     contexts = []
     for q in queries:
-        layer = LayerContext(
-            scale=scale, memory={x: y for x, y in state.memory.items() if x != "kept"}
-        )
-        index = method.decode(q, k, layer)
-        out = lowcontext.sparse_attention(q, k, v, index)
-        expected = (
-            lowcontext.sparse_attention(
-                q.float(), k[:, :, :].float(), v.float(), index, backend="reference"
-            )
-            if q is queries[0]
-            else None
-        )
-        if expected is not None:
-            torch.testing.assert_close(
-                out.float(), expected, atol=2e-2 if k.dtype != torch.float32 else 1e-4, rtol=2e-2
-            )
+        memory = {x: y for x, y in state.memory.items() if x != "kept"}
+        layer = LayerContext(scale=scale, memory=memory, rotary=rotary)
+        part = _selected(method, q, k, layer)
+        out = _attended(part, q, k, v, "auto")
+        if q is queries[0]:
+            expected = _attended(part, q.float(), k.float(), v.float(), "reference")
+            atol = 2e-2 if k.dtype != torch.float32 else 1e-4
+            torch.testing.assert_close(out.float(), expected, atol=atol, rtol=2e-2)
         state.memory.update(layer.memory)
         contexts.append(layer)
     turn = 0
@@ -200,10 +199,29 @@ def _stepper(
     def step() -> Tensor:
         nonlocal turn
         turn = (turn + 1) % len(queries)
-        index = method.decode(queries[turn], k, contexts[turn])
-        return lowcontext.sparse_attention(queries[turn], k, v, index)  # type: ignore[return-value]
+        part = _selected(method, queries[turn], k, contexts[turn])
+        return _attended(part, queries[turn], k, v, "auto")
 
     return step
+
+
+def _selected(
+    method: TokenSelect, q: Tensor, k: Tensor, layer: LayerContext
+) -> lowcontext.BlockIndex | Moved:
+    ((_, _, part),) = method.parts(q, k, layer)
+    if part is None:
+        raise ValueError(f"length: expected more keys than the budget, got {k.shape[2]}")
+    return part
+
+
+def _attended(
+    part: lowcontext.BlockIndex | Moved, q: Tensor, k: Tensor, v: Tensor, backend: str
+) -> Tensor:
+    if not isinstance(part, Moved):
+        return lowcontext.sparse_attention(q, k, v, part, backend=backend)  # type: ignore[return-value]
+    f, interleaved = part.rotary.inv_freq, part.rotary.interleaved
+    moved = gather_moved(k, v, part.keys, part.first, f, interleaved=interleaved, backend=backend)
+    return lowcontext.attention(q, *moved, kv_start=part.first, backend=backend)  # type: ignore[return-value]
 
 
 def _random_model(layers: int, **changes: Any) -> Any:
