@@ -93,7 +93,7 @@ class BlockTopK(Method):
             scores, _ = votes.token_scores(q, means[:, :, self._sinks : local0[-1]], causal=False)
         else:
             scores = self._candidates(q, means, on_device(local0, q.device))
-        if most[0] != most[-1]:
+        if min(most) != max(most):  # ends may agree where rows between them do not
             limits = on_device(most, q.device).expand(scores.shape[:3])
         pages = votes.topk(scores, max(most), limits=limits, first=self._sinks)
         low, sink = Lk - 1 - self.local, self._sinks * width

@@ -27,7 +27,7 @@ def oracle(q: Tensor, k: Tensor, budget: int, sink: int, local: int, bq: int, bk
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("Lq", "Lk"), [(1500, 1500), (700, 1501), (1, 1500), (3, 1537)])
+@pytest.mark.parametrize(("Lq", "Lk"), [(1500, 1500), (700, 1501), (1, 1500), (3, 1537), (9, 1543)])
 @pytest.mark.parametrize(("bq", "bk"), [(128, 64), (64, 32)])
 def test_index_equals_the_definition(Lq: int, Lk: int, bq: int, bk: int) -> None:
     gen = torch.Generator().manual_seed(Lq)
