@@ -21,7 +21,7 @@ class Tokens:
 
     Args:
         ids: int32 [B, H, R, k], ascending; counts: int32 [B, H, R].
-        sink: keys [0, sink) are read besides; at least those asked for.
+        sink: keys [0, sink) are read besides.
         low: keys from here on are read besides, for the last row; row r starts R - 1 - r earlier.
         mass: fp32 [B], the share of the candidates' votes that the chosen tokens have; None unless
             someone measures.
@@ -45,7 +45,7 @@ class Vote:
 
     Args:
         k: tokens chosen for each row and list.
-        sink: first candidate.
+        sink: first candidate; where pages vote, a multiple of `page`.
         lists: "layer" (H = 1) or "kv_head" (H = Hkv).
         scale: factor of the scores before the softmax.
         pool: odd width of a maximum over neighbouring votes, or 0.
@@ -103,11 +103,11 @@ class Vote:
     ) -> Tokens:
         """Votes with the keys of the pages whose bounds win a vote before: 2/page of K and a few k.
 
-        Pages lie at multiples of `page`; sink and recent keys are rounded out to whole pages. Takes
-        one row.
+        Pages lie at multiples of `page`, and recent keys are rounded out to whole pages. Takes one
+        row.
         """
         page = self.page
-        sink, end = -(-self.sink // page) * page, low // page * page
+        sink, end = self.sink, low // page * page
         if end - sink <= self.k:
             return self.exact(q, k, low, layer, rows)
         batch, active = _parted(rows)

@@ -50,7 +50,7 @@ class TokenSelect(Method):
 
     Args:
         k: tokens selected, besides sink and local window.
-        sink: keys at the start that are always read.
+        sink: keys at the start that are always read; scoring="pages" rounds it up to whole pages.
         local: recent keys that a query always reads, itself included.
         chunk: queries that share a selection in prefill.
         tail: last queries of a prompt that select for themselves, at most 32.
@@ -168,12 +168,18 @@ class TokenSelect(Method):
 
     @property
     def _budget(self) -> int:
-        return self.sink + self.k + self.local
+        return self._sink + self.k + self.local
+
+    @property
+    def _sink(self) -> int:
+        # Before there are pages enough to vote on, keys vote, and a later step may keep their
+        # choice: both must read the same sink.
+        return -(-self.sink // self.page) * self.page if self.scoring == "pages" else self.sink
 
     def _vote(self, layer: LayerContext) -> Vote:
         return Vote(
             k=self.k,
-            sink=self.sink,
+            sink=self._sink,
             lists=self.scope,
             scale=1.0 if self.vote_scale == 1 else layer.scale,
             pool=self.pool,

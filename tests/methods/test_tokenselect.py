@@ -188,7 +188,8 @@ def test_the_last_queries_of_a_prompt_select_one_by_one(
         (280, 300),
     ]
     mask = parts[-1][2].to_mask(20, 300)
-    one_by_one = make(scoring="exact" if scoring == "pages" else scoring)
+    # Pages round the sink up, and several rows vote with the keys themselves.
+    one_by_one = make(scoring="exact", sink=16) if scoring == "pages" else make(scoring=scoring)
     for r in range(20):
         n = 281 + r
         alone = one_by_one.decode(q[:, :, n - 1 : n], k[:, :, :n], LayerContext(scale=0.25))
@@ -308,6 +309,18 @@ def test_rows_of_a_batch_reuse_on_their_own(scoring: str) -> None:
             assert torch.equal(mask[row], expected)
     assert [False, True, True] in hits
     assert [True, False, True] in hits
+
+
+def test_a_choice_from_before_there_were_pages_reads_the_sink_of_those_after() -> None:
+    method = make(sink=100, scoring="pages", page=16, coarse=2, cache_threshold=0.9)
+    k, base = rand(2, 2, 220, 16, seed=1), rand(2, 4, 1, 16)
+    layer, hits = LayerContext(scale=0.25), []
+    layer.observe = lambda figures: hits.append(figures["cache_hits"].bool().tolist())
+    for n in range(173, 220):
+        q = torch.cat([base[:1], base[1:] if n < 210 else -base[1:]])
+        index = method.decode(q, k[:, :, :n], layer)
+        assert index.to_mask(1, n)[..., :112].all()  # 100 keys, in whole pages
+    assert hits[-10] == [True, False]
 
 
 def test_both_ways_to_merge_hits_and_misses_agree() -> None:
