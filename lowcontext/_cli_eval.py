@@ -103,10 +103,9 @@ def report(
     with errors():
         loaded = reports.load_runs(runs)
         for run in loaded:
-            console.print(run.name, style="bold", markup=False)
+            console.print(run.title, style="bold", markup=False)
             for table in [*ruler_tables(run.ruler), *needle_tables(run.needle)]:
-                if table.row_count:
-                    console.print(table)
+                console.print(table)
         with writing(out, "the runs are as they were"):
             page = reports.write_report(loaded, out)
     console.print(f"wrote {page}")
@@ -157,32 +156,36 @@ def needle_rows(model: Any, tokenizer: Any, grid: Any, chosen: Method, out: Path
 
 
 def needle_tables(rows: Sequence[Any]) -> list[Table]:
-    """Two tables: by length with density and times, and accuracy by depth."""
+    """Two tables per task and haystack: by length with density and times, and by depth."""
+    groups: dict[tuple[str, str], list[Any]] = {}
+    for row in rows:
+        groups.setdefault((row.task, row.haystack), []).append(row)
+    return [table for part in groups.values() for table in _needle_tables(part)]
+
+
+def _needle_tables(rows: Sequence[Any]) -> list[Table]:
     from lowcontext.eval import summarize
 
+    what = f"{rows[0].task}, {rows[0].haystack}"
     titles = ("length", "right", "95%", "prefill", "decode", "TTFT s", "TPOT ms")
     by_length = Table(
         Column("method", overflow="fold", min_width=13),
         *(Column(name, justify="right", no_wrap=True) for name in titles),
-        title="Accuracy, density of prefill and decode, and median times",
+        title=f"{what}: accuracy, density of prefill and decode, median times",
         box=SIMPLE,
     )
-    decode: dict[tuple[str, int | None], list[float]] = {}
     cells: dict[tuple[str, float], list[bool]] = {}
     for row in rows:
-        value = row.stats.get("density_decode")
-        decode.setdefault((row.method, row.length), []).extend([] if value is None else [value])
         cells.setdefault((row.method, row.depth), []).append(row.correct)
     short = parse.short_names(list(dict.fromkeys(row.method for row in rows)))
     for line in summarize(rows):
-        values = decode[line.method, line.length]
         by_length.add_row(
             short[line.method],
             str(line.length),
             f"{line.accuracy:.0%}",
             f"{100 * line.low:.0f}-{100 * line.high:.0f}",
             parse.share(line.density),
-            parse.share(sum(values) / len(values)) if values else "",
+            parse.share(line.density_decode),
             f"{line.ttft_s:.2f}",
             "" if line.tpot_s is None else f"{line.tpot_s * 1e3:.1f}",
         )
@@ -190,7 +193,7 @@ def needle_tables(rows: Sequence[Any]) -> list[Table]:
     by_depth = Table(
         Column("method", overflow="fold", min_width=13),
         *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
-        title="Accuracy by depth of the needle",
+        title=f"{what}: accuracy by depth of the needle",
         box=SIMPLE,
     )
     for name, shown in short.items():

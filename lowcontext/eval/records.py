@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
@@ -169,7 +170,8 @@ def read_rows(paths: str | Path | Iterable[str | Path]) -> list[NeedleRow]:
         paths: A file, or several.
 
     Returns:
-        The rows in order; an unfinished last line (a run that was killed) is left out.
+        The rows in order; an unfinished last line (a run that was killed) is left out, and so is
+        all but the last of rows of one file with one key (two runs at once).
 
     Raises:
         ValueError: If another line is not a row, or if rows share a method's label and not its
@@ -186,9 +188,9 @@ def read_ruler_rows(paths: str | Path | Iterable[str | Path]) -> list[RulerRow]:
 def read_any(paths: str | Path | Iterable[str | Path], kind: type[RowT]) -> list[RowT]:
     """Reads rows of a kind from one or several JSONL files, as ``read_rows`` does."""
     many = [paths] if isinstance(paths, str | Path) else list(paths)
-    rows = [row for path in many for row in _parse(Path(path), kind)[0]]
-    settings_by_label(rows, ", ".join(map(str, many)))
-    return rows
+    files = [_parse(Path(path).read_bytes(), str(path), kind)[0] for path in many]
+    settings_by_label(chain.from_iterable(files), ", ".join(map(str, many)))
+    return [row for rows in files for row in _by_key(rows).values()]
 
 
 class RowFile(Generic[RowT]):
@@ -212,8 +214,13 @@ class RowFile(Generic[RowT]):
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a+b") as file:
-                rows, end = _parse(self.path, kind)
-                file.truncate(end)
+                file.seek(0)
+                data = file.read()
+                rows, end = _parse(data, str(path), kind)
+                if end < len(data):  # not always: another run may have added a row since
+                    file.truncate(end)
+        except ValueError as error:
+            raise ValueError(f"out: {error}; choose another folder") from error
         except OSError as error:
             raise ValueError(
                 f"out: expected a writable file, got {str(path)!r} ({error}); choose another folder"
@@ -221,7 +228,7 @@ class RowFile(Generic[RowT]):
         known = settings_by_label(rows, str(path))
         for method in methods:
             check_method(method, known, str(path))
-        self.rows: dict[RowKey, RowT] = {row.key: row for row in rows}
+        self.rows = _by_key(rows)
 
     def append(self, row: RowT) -> None:
         """Adds one row.
@@ -257,9 +264,13 @@ def recorded(
         yield row
 
 
-def _parse(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
-    """Returns the finished rows and the length in bytes of what they take."""
-    data = path.read_bytes()
+def _by_key(rows: Iterable[RowT]) -> dict[RowKey, RowT]:
+    """Rows without those that were measured again."""
+    return {row.key: row for row in rows}
+
+
+def _parse(data: bytes, place: str, kind: type[RowT]) -> tuple[list[RowT], int]:
+    """Returns the finished rows of a file and the length in bytes of what they take."""
     end = data.rfind(b"\n") + 1
     name = kind.__name__.removesuffix("Row").lower()
     rows = []
@@ -267,7 +278,9 @@ def _parse(path: Path, kind: type[RowT]) -> tuple[list[RowT], int]:
         try:
             rows.append(_row(json.loads(line), kind))
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: expected a {name} row in line {number} ({error})") from error
+            raise ValueError(
+                f"{place}: expected a {name} row in line {number} ({error})"
+            ) from error
     return rows, end
 
 

@@ -16,7 +16,11 @@ from lowcontext.eval.ruler.plots import plot_ruler
 from lowcontext.eval.ruler.summary import ALL_TASKS, RulerSummary, summarize_ruler
 from lowcontext.eval.summary import SummaryRow, summarize
 
+RowT = TypeVar("RowT", NeedleRow, RulerRow)
 LineT = TypeVar("LineT", NeedleRow, RulerRow, RulerSummary)
+
+# What rows are made with and no table shows. Averages over two values of it mean nothing.
+_UNSHOWN = ("model", "chunk", "answer_room", "metric")
 
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;color:#1f2933}
@@ -38,17 +42,24 @@ p{color:#66727f;max-width:46rem}
 
 @dataclass(frozen=True)
 class Run:
-    """The rows of one file.
+    """Rows of one file that were made alike.
 
     Attributes:
         name: Short name that no other run of the report has.
         needle: Its needle rows.
         ruler: Its rows of the RULER suite.
+        made: How its rows were made, where a file has rows made otherwise too.
     """
 
     name: str
     needle: tuple[NeedleRow, ...]
     ruler: tuple[RulerRow, ...]
+    made: str = ""
+
+    @property
+    def title(self) -> str:
+        """The name, and how the rows were made where that is not the same in the whole file."""
+        return f"{self.name} ({self.made})" if self.made else self.name
 
 
 def load_runs(paths: Sequence[str | Path]) -> list[Run]:
@@ -58,7 +69,8 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
         paths: JSONL files, each of needle rows or of RULER rows.
 
     Returns:
-        A run per file.
+        A run per file; of a file with rows of several models, prefill chunks, answer rooms or
+        metrics, a run for each, as NAME#1, NAME#2.
 
     Raises:
         ValueError: If there is no file, or one is missing, empty or of something else.
@@ -71,7 +83,7 @@ def load_runs(paths: Sequence[str | Path]) -> list[Run]:
         names = [f"{path.resolve().parent.name}/{path.stem}" for path in files]
     if len(set(names)) < len(names):
         names = [str(path) for path in files]
-    return [_load(path, name) for path, name in zip(files, names, strict=True)]
+    return [run for path, name in zip(files, names, strict=True) for run in _load(path, name)]
 
 
 def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
@@ -95,7 +107,7 @@ def write_report(runs: Sequence[Run], folder: str | Path) -> Path:
     several_ruler = sum(bool(run.ruler) for run in runs) > 1
     needle = [_named(row, run, several_needle) for run in runs for row in run.needle]
     ruler = [_named(row, run, several_ruler) for run in runs for row in run.ruler]
-    parts = [f"<h1>Evaluation of {html.escape(', '.join(run.name for run in runs))}</h1>"]
+    parts = [f"<h1>Evaluation of {html.escape(', '.join(run.title for run in runs))}</h1>"]
     if ruler:
         parts.append("<h2>RULER suite</h2>")
         parts += [_picture(path) for path in plot_ruler(ruler, target)]
@@ -123,7 +135,7 @@ def _named(line: LineT, run: Run, several: bool) -> LineT:
     return replace(line, method=f"{run.name}: {line.method}") if several else line
 
 
-def _load(path: Path, name: str) -> Run:
+def _load(path: Path, name: str) -> list[Run]:
     try:
         with path.open(encoding="utf-8") as file:
             first = file.readline()
@@ -141,8 +153,22 @@ def _load(path: Path, name: str) -> Run:
             "fidelity, which print their tables again when the same command runs again"
         )
     if isinstance(content, dict) and "depth" in content:
-        return Run(name, tuple(read_rows(path)), ())
-    return Run(name, (), tuple(read_ruler_rows(path)))
+        return [Run(part, rows, (), made) for part, rows, made in _alike(name, read_rows(path))]
+    return [Run(part, (), rows, made) for part, rows, made in _alike(name, read_ruler_rows(path))]
+
+
+def _alike(name: str, rows: Sequence[RowT]) -> list[tuple[str, tuple[RowT, ...], str]]:
+    """Rows with the same values of what no table shows: their name, they, and those values."""
+    groups: dict[tuple[object, ...], list[RowT]] = {}
+    for row in rows:
+        groups.setdefault(tuple(getattr(row, key, None) for key in _UNSHOWN), []).append(row)
+    if len(groups) == 1:
+        return [(name, tuple(rows), "")]
+    differing = [i for i, values in enumerate(zip(*groups, strict=True)) if len(set(values)) > 1]
+    return [
+        (f"{name}#{i}", tuple(part), ", ".join(f"{_UNSHOWN[j]}={key[j]}" for j in differing))
+        for i, (key, part) in enumerate(groups.items(), start=1)
+    ]
 
 
 def _picture(path: Path) -> str:
@@ -210,7 +236,7 @@ def _ruler_table(lines: Sequence[RulerSummary]) -> str:
 
 
 def _needle_table(lines: Sequence[SummaryRow]) -> str:
-    head = ("task", "method", "haystack", "tokens", "n", "right %", "95%", "read", "TTFT s")
+    head = ("task", "method", "haystack", "tokens", "n", "right %", "95%", "read", "decode")
     body = [
         (
             (
@@ -222,6 +248,7 @@ def _needle_table(lines: Sequence[SummaryRow]) -> str:
                 _number(line.accuracy, 100, ".0f"),
                 f"{_number(line.low, 100, '.0f')} to {_number(line.high, 100, '.0f')}",
                 _number(line.density, 100, ".1f", "%"),
+                _number(line.density_decode, 100, ".1f", "%"),
                 _number(line.ttft_s, 1, ".2f"),
                 _number(line.tpot_s, 1e3, ".1f"),
             ),
@@ -229,7 +256,7 @@ def _needle_table(lines: Sequence[SummaryRow]) -> str:
         )
         for line in lines
     ]
-    return _table((*head, "TPOT ms"), body)
+    return _table((*head, "TTFT s", "TPOT ms"), body)
 
 
 def _number(value: float | None, factor: float, form: str, unit: str = "") -> str:

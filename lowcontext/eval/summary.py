@@ -24,7 +24,8 @@ class SummaryRow:
         accuracy: Their share.
         low: Lower end of its 95% Wilson interval.
         high: Upper end of its 95% Wilson interval.
-        density: Mean density, None if no row has one.
+        density: Mean density of prefill, None if no row has one.
+        density_decode: Mean density of decode.
         ttft_s: Median time to first token, in seconds.
         tpot_s: Median time per output token, in seconds, None if no row has one.
     """
@@ -39,6 +40,7 @@ class SummaryRow:
     low: float
     high: float
     density: float | None
+    density_decode: float | None
     ttft_s: float
     tpot_s: float | None
 
@@ -76,6 +78,7 @@ def _line(rows: list[NeedleRow], length: int | None) -> SummaryRow:
         low=low,
         high=high,
         density=over_known(fmean, [row.density for row in rows]),
+        density_decode=over_known(fmean, [row.stats.get("density_decode") for row in rows]),
         ttft_s=median(row.ttft_s for row in rows),
         tpot_s=over_known(median, [row.tpot_s for row in rows]),
     )

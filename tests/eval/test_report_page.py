@@ -10,9 +10,12 @@ from typing import Any
 
 import pytest
 from result_rows import NEEDLE, RULER
+from typer.testing import CliRunner
 
+from lowcontext.cli import app
 from lowcontext.eval.records import RulerRow
 from lowcontext.eval.report import load_runs, write_report
+from lowcontext.eval.ruler.summary import summarize_ruler
 
 
 def write(path: Path, rows: list[Any]) -> Path:
@@ -109,3 +112,44 @@ def test_a_run_is_named_only_beside_another_of_its_kind(tmp_path: Path) -> None:
     assert "c: " not in page.partition("<h2>")[2]
     page = write_report(load_runs(paths[1:]), tmp_path / "two").read_text()
     assert "b: dense" not in page.partition("<h2>")[2]
+
+
+def test_rows_of_a_file_that_were_made_otherwise_are_a_run_of_their_own(tmp_path: Path) -> None:
+    one = run(score=0.0, dense=1.0)
+    other = [replace(row, chunk=64, score=0.5) for row in one]
+    file = write(tmp_path / "ruler.jsonl", [*one, *other])
+    runs = load_runs([file])
+    assert [(found.title, found.ruler) for found in runs] == [
+        ("ruler#1 (chunk=None)", tuple(one)),
+        ("ruler#2 (chunk=64)", tuple(other)),
+    ]
+    page = write_report(runs, tmp_path)
+    assert {row[1]: (row[2], row[5]) for row in cells(page) if row and row[0] == "vt"} == {
+        "ruler#1: dense": ("20", ""),
+        "ruler#1: hip": ("20", "-100"),
+        "ruler#2: dense": ("20", ""),
+        "ruler#2: hip": ("20", "+0"),
+    }
+    assert "ruler#2 (chunk=64)" in page.read_text()
+
+
+def test_rows_without_a_chunk_are_not_compared_with_dense_in_chunks() -> None:
+    dense, hip = RULER, replace(RULER, method="hip", score=0.25)
+    chunks = [replace(dense, chunk=64, score=0.0), replace(hip, chunk=64)]
+    lines = summarize_ruler([dense, hip, *chunks])
+    assert [line.difference for line in lines if line.task == "vt"] == [None, (0.25 * 2 - 1) / 2]
+
+
+def test_tasks_and_haystacks_have_needle_tables_of_their_own(tmp_path: Path) -> None:
+    right = replace(NEEDLE, method="dense", stats={"density_decode": 0.5})
+    wrong = replace(right, task="multikey", correct=False, stats={"density_decode": 0.25})
+    file = write(tmp_path / "needle.jsonl", [right, wrong])
+    result = CliRunner().invoke(app, ["report", str(file), "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    printed = " ".join(result.output.split())
+    for task, score, decode in (("single", "100%", "50.0%"), ("multikey", "0%", "25.0%")):
+        by_length, by_depth = printed.split(f"{task}, words: ")[1:]
+        assert re.search(rf"dense 1024 {score} \S+ 25.0% {decode}", by_length)
+        assert re.search(rf"dense {score}", by_depth)
+    found = {row[0]: row[8] for row in cells(tmp_path / "report.html") if row}
+    assert found == {"single": "50.0%", "multikey": "25.0%"}

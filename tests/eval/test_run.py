@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from result_rows import NEEDLE
 
-from lowcontext.eval import NeedleGrid, NeedleRow, read_rows, run_needle
+from lowcontext.eval import NeedleGrid, NeedleRow, read_rows, records, run_needle
 
 GRID = NeedleGrid(lengths=(200, 260), depths=(50.0,), samples=2, metric="exact")
 
@@ -174,10 +175,36 @@ def test_methods_and_haystacks_share_a_file(model: Any, tokenizer: Any, tmp_path
     assert read_rows([out, out]) == read_rows(out) * 2
 
 
+def test_rows_that_two_runs_at_once_both_wrote_count_once(
+    model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "needle.jsonl"
+    rows = list(run_needle(model, tokenizer, GRID, out=out))
+    out.write_bytes(out.read_bytes() * 2)
+    assert read_rows(out) == rows
+
+
+def test_a_row_that_another_run_adds_while_a_file_is_opened_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, parse = tmp_path / "needle.jsonl", records._parse
+    records.RowFile(out, NeedleRow).append(NEEDLE)
+
+    def parse_and_append(*arguments: Any) -> Any:
+        with out.open("ab") as file:
+            file.write(out.read_bytes())
+        return parse(*arguments)
+
+    monkeypatch.setattr(records, "_parse", parse_and_append)
+    records.RowFile(out, NeedleRow)
+    assert len(out.read_bytes().splitlines()) == 2
+
+
 def test_a_file_of_something_else_is_left_alone(model: Any, tokenizer: Any, tmp_path: Path) -> None:
     out = tmp_path / "notes.txt"
     out.write_text("dear diary\nmore")
-    with pytest.raises(ValueError, match="expected a needle row in line 1"):
+    message = "out: .*expected a needle row in line 1 .* choose another folder"
+    with pytest.raises(ValueError, match=message):
         run_needle(model, tokenizer, GRID, out=out)
     assert out.read_text() == "dear diary\nmore"
 

@@ -88,7 +88,7 @@ def summarize_ruler(rows: Iterable[RulerRow]) -> list[RulerSummary]:
 
 
 def _sample(row: RulerRow) -> tuple[object, ...]:
-    return (row.model, row.task, row.source, row.length, row.seed)
+    return (row.model, row.task, row.source, row.length, row.seed, row.chunk)
 
 
 def _line(
