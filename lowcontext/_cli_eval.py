@@ -72,9 +72,9 @@ def ruler(
             chunk=chunk,
             limit=limit,
         )
+        parse.check_file(out / "ruler.jsonl", RulerRow, chosen)
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
-        parse.check_file(out / "ruler.jsonl", RulerRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=len(run.cells()))

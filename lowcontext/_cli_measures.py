@@ -74,10 +74,10 @@ def perplexity(
             measure.PerplexityRun(str(text), length, stride, windows, decode, chunk)
             for length in parse.lengths(lengths)
         ]
+        parse.check_file(out / "perplexity.jsonl", measure.PerplexityRow, chosen)
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         total = sum(measure.window_count(tokenizer, run) for run in runs)
         rows: list[Any] = []
-        parse.check_file(out / "perplexity.jsonl", measure.PerplexityRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=total)
@@ -190,17 +190,16 @@ def fidelity(
 
     Example: `lowcontext fidelity ./my-llama --prompt book.txt --methods hip,quest --steps 64`
     """
-    from lowcontext.eval.records import RowFile
     from lowcontext.integrations import fidelity as measure
 
     with errors():
         chosen = parse.methods(methods, method, sweep)
+        path = out / "fidelity.jsonl"
+        kept = parse.check_file(path, measure.FidelityRow, chosen)
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         groups = parse.layer_groups(layers, lm.config.get_text_config().num_hidden_layers)
         ids = parse.prompt_ids(tokenizer, prompt, max_length).to(lm.device)
-        path = out / "fidelity.jsonl"
-        kept = list(RowFile(path, measure.FidelityRow, *chosen).rows.values())
-        found = []
+        found: list[Any] = []
         with sample_progress() as bars:
             bar = bars.add_task("methods", total=len(chosen))
             for one in chosen:
@@ -208,9 +207,10 @@ def fidelity(
                 heads = [row for row in kept if row.run == run]
                 if not heads:
                     heads = measure.measure_fidelity(lm, ids, one, steps=steps)
-                    kept += heads
+                    # Another run may have added rows since.
+                    others = parse.check_file(path, measure.FidelityRow, [one])
                     with writing(path, "the methods before this one are kept"):
-                        measure.write_rows(kept, path)
+                        measure.write_rows([*others, *heads], path)
                 found += heads
                 bars.advance(bar)
         for table in fidelity_tables(found, groups):

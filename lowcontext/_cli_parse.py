@@ -288,16 +288,15 @@ def counted(model: Any, chosen: Method) -> Iterator[Callable[[], dict[str, float
         yield stats
 
 
-def check_file(path: Path, kind: Any, chosen: Sequence[Method]) -> None:
-    """Refuses an output file that one of the methods could not go on in, before the first runs.
+def check_file(path: Path, kind: Any, chosen: Sequence[Method]) -> list[Any]:
+    """The rows of an output file, none if it is missing, before a model is loaded or run.
 
     Raises:
-        ValueError: as `RowFile`.
+        ValueError: as `RowFile`: one of the methods could not go on in it.
     """
     from lowcontext.eval.records import RowFile
 
-    if path.exists():
-        RowFile(path, kind, *chosen)
+    return list(RowFile(path, kind, *chosen).rows.values()) if path.exists() else []
 
 
 def short_names(labels: list[str]) -> dict[str, str]:

@@ -215,9 +215,9 @@ def needle(
             chunk=chunk,
             limit=limit,
         )
+        parse.check_file(out / "needle.jsonl", evaluation.NeedleRow, chosen)
         lm, tokenizer = parse.load_model(model, dtype, device, device_map)
         rows: list[Any] = []
-        parse.check_file(out / "needle.jsonl", evaluation.NeedleRow, chosen)
         with sample_progress() as bars:
             for one in chosen:
                 bar = bars.add_task(str(one), total=len(grid.cells()))

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import lowcontext
 from lowcontext import _cli_parse as parse
 from lowcontext.cli import app
+from lowcontext.methods import get_method
 from lowcontext.ops import _dispatch
 
 runner = CliRunner()
@@ -316,6 +317,27 @@ def test_fidelity_measures_only_what_a_file_lacks(
     text.write_text("another text , as long as the one before . " * 60)
     run(48, 2, "dense")
     assert measured == [*asked, ("dense", 48, 2)]
+
+
+def test_fidelity_keeps_rows_that_another_run_writes_meanwhile(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lowcontext.integrations import fidelity
+
+    text, file = tmp_path / "book.txt", tmp_path / "fidelity.jsonl"
+    text.write_text("the sky is clear and the road is long . " * 60)
+    measure = fidelity.measure_fidelity
+
+    def meanwhile(model: Any, ids: Any, method: Any, *, steps: int) -> Any:
+        fidelity.write_rows(measure(model, ids, get_method("quest"), steps=steps), file)
+        return measure(model, ids, method, steps=steps)
+
+    monkeypatch.setattr(fidelity, "measure_fidelity", meanwhile)
+    args = ["fidelity", str(checkpoint), "--prompt", str(text), "--max-length", "64"]
+    result = runner.invoke(app, [*args, "--methods", "dense", "--out", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line)["method"] for line in file.read_text().splitlines()]
+    assert rows == ["quest"] * 12 + ["dense"] * 12  # layers, heads
 
 
 @pytest.mark.parametrize("layers", ["3", "2-1", "0-3", "first", "0-"])

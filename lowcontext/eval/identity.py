@@ -86,7 +86,7 @@ def _told(settings: Settings | None, other: Settings | None) -> str:
         return "all settings"
     own, before = _flat(settings), _flat(other)
     keys = [key for key in {**own, **before} if own.get(key, ...) != before.get(key, ...)]
-    return ", ".join(f"{key}={own[key]}" if key in own else f"no {key}" for key in keys)
+    return ", ".join(f"{key}={own[key]!r}" if key in own else f"no {key}" for key in keys)
 
 
 def _flat(settings: Settings, before: str = "") -> dict[str, Any]:

@@ -195,7 +195,7 @@ def read_perplexity_rows(paths: str | Path | Iterable[str | Path]) -> list[Perpl
 
 
 def summarize_perplexity(rows: Iterable[PerplexityRow]) -> list[PerplexitySummary]:
-    """Groups rows into the lines of a table: all windows of one model, text, length and method.
+    """Groups rows into the lines of a table: all windows that differ in nothing but their number.
 
     Args:
         rows: Rows of any number of methods; dense is the method labelled ``"dense"``.

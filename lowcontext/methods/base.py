@@ -226,7 +226,7 @@ class Method(ABC):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{self.name}: {name}: expected a number, got {value!r}")
-            if value < 0 or (above_0 and value == 0):
+            if not (value > 0 if above_0 else value >= 0):  # NaN is neither
                 least = "more than" if above_0 else "at least"
                 raise ValueError(f"{self.name}: {name}: expected {least} 0, got {value}")
 

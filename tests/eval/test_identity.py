@@ -73,6 +73,7 @@ def test_rows_of_another_default_are_refused_and_not_reused(
     assert f"{command}.jsonl', got rows with window=1024, which do not belong to this run" in output
     assert "choose another folder" in output
     assert file.read_bytes() == kept
+    assert run(command, tmp_path / "nowhere", text, out) == (1, output)  # no model is loaded
     # A method with a label of its own finds room there, and the same one elsewhere.
     assert run(command, checkpoint, text, out, "streaming_llm:sink=1")[0] == 0
     assert methods_in(file)[2:] == [("streaming_llm(sink=1)", 32)]

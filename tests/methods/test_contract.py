@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -226,3 +229,22 @@ def test_config_files_give_hyper_parameters_and_arguments_override_them(
     (tmp_path / "quest.toml").write_text("")
     with pytest.raises(ValueError, match=r"config: expected a .json, .yaml or .yml file"):
         lowcontext.get_method("quest", config=tmp_path / "quest.toml")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_settings_hold_every_hyper_parameter_as_json_gives_it_back(name: str) -> None:
+    method = make(name)
+    settings = method.settings
+    assert set(settings) == {"name", *(field.name for field in fields(method))}
+    assert json.loads(json.dumps(settings)) == settings
+    given = options(name, SMALL)
+    assert {key: settings[key] for key in given} == given
+
+
+@pytest.mark.parametrize(
+    ("name", "option"),
+    [("minference", "gain"), ("flexprefill", "gamma"), ("xattention", "threshold")],
+)
+def test_a_hyper_parameter_that_is_no_number_is_refused(name: str, option: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {option}: expected .* 0, got nan"):
+        lowcontext.get_method(name, **{option: math.nan})
