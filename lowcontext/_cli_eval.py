@@ -192,7 +192,7 @@ def _needle_tables(rows: Sequence[Any]) -> list[Table]:
     depths = sorted({row.depth for row in rows})
     by_depth = Table(
         Column("method", overflow="fold", min_width=13),
-        *(Column(f"{depth:g}%", justify="right", no_wrap=True) for depth in depths),
+        *(Column(f"{depth:.3g}%", justify="right", no_wrap=True) for depth in depths),
         title=f"{what}: accuracy by depth of the needle",
         box=SIMPLE,
     )

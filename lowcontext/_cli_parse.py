@@ -173,6 +173,7 @@ def load_model(
             "`hf download OWNER/NAME --local-dir FOLDER`, or build one with "
             "`lowcontext checkpoint FOLDER`"
         )
+    folder = str(Path(folder))  # rows name it: FOLDER/ is not another one
     dtypes = ("auto", "float32", "bfloat16", "float16")
     if dtype not in dtypes:
         raise ValueError(f"--dtype: expected one of {', '.join(dtypes)}, got {dtype!r}")

@@ -288,7 +288,11 @@ def _row(content: object, kind: type[RowT]) -> RowT:
     names = {field.name for field in fields(kind)}
     if isinstance(content, dict):
         content = {"settings": None, **content}  # versions before this field wrote none
-    if not isinstance(content, dict) or set(content) != names:
-        found = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"expected the fields {sorted(names)}, got {found}")
+    if not isinstance(content, dict):
+        raise ValueError(f"expected an object, got {type(content).__name__}")
+    if set(content) != names:
+        missing, unknown = sorted(names - set(content)), sorted(set(content) - names)
+        raise ValueError(
+            f"expected the fields of this version; missing: {missing}, unknown: {unknown}"
+        )
     return kind(**content)

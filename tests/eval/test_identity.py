@@ -39,7 +39,11 @@ class Later(StreamingLLM):
 
 
 def run(
-    command: str, checkpoint: Path, text: Path, out: Path, method: str = "streaming_llm:sink=2"
+    command: str,
+    checkpoint: Path | str,
+    text: Path,
+    out: Path,
+    method: str = "streaming_llm:sink=2",
 ) -> tuple[int, str]:
     options = [str(text) if option == "TEXT" else option for option in RUNS[command]]
     arguments = [command, str(checkpoint), *options, "-m", "dense", "-m", method]
@@ -62,8 +66,9 @@ def test_rows_of_another_default_are_refused_and_not_reused(
     assert code == 0, output
     assert methods_in(file) == [("dense", None), ("streaming_llm(sink=2)", 1024)]
     kept = file.read_bytes()
-    code, output = run(command, checkpoint, text, out)
-    assert (code, file.read_bytes()) == (0, kept), output
+    for folder in (checkpoint, f"{checkpoint}/"):
+        code, output = run(command, folder, text, out)
+        assert (code, file.read_bytes()) == (0, kept), output
 
     known = {"dense": method_class("dense"), "streaming_llm": Later}
     monkeypatch.setattr("lowcontext.methods.method_class", known.__getitem__)
