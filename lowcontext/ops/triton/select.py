@@ -32,7 +32,7 @@ ROW = 16384
 STEP = 2048
 # Entries of a chunk of a longer row: 4096 on 8 warps spill 8 bytes on sm_90.
 CHUNK = 2048
-# A launch over the best entries of parts of a row must leave it at most this share of its length.
+# Programs take the best entries of parts of a row where k is at most 1 / SHRINK of a part.
 SHRINK = 4
 # Passes over the digits of a long row.
 DIGITS = 4
@@ -76,9 +76,9 @@ def kept(order, t, room, ties_before):
 
 @triton.jit
 def _most(limits_ptr, row, k):
-    """Entries wanted from a row."""
+    """Entries wanted from a row; none where a limit is negative."""
     if limits_ptr is not None:
-        k = tl.minimum(tl.load(limits_ptr + row), k)
+        k = tl.maximum(tl.minimum(tl.load(limits_ptr + row), k), 0)
     return k
 
 
