@@ -82,7 +82,7 @@ class TidalDecode(Method):
         if Lk <= self.k + self.local or layer.layer_idx < min(self.select_layers):
             return None
         if layer.layer_idx in self.select_layers:
-            scores, _ = votes.token_scores(q.float(), k[:, :, : Lk + 1 - self.local])
+            scores, _ = votes.token_scores(q, k[:, :, : Lk + 1 - self.local])
             if self.scope == "kv_head":
                 scores = rearrange(scores, "b (h g) r n -> b h g r n", h=k.shape[1]).amax(dim=2)
             # The window of row r begins at its own position + 1 - local: never a candidate.

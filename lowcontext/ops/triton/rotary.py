@@ -292,5 +292,5 @@ def plan_gather_moved(
 
 def _turns(inv_freq: Tensor, D: int, rows: int, interleaved: bool) -> dict[str, Any]:
     P = inv_freq.shape[0]
-    sizes = {"P": P, "BLOCK_P": power_of_2(max(P, 1)), "D": D, "BLOCK_N": rows}
+    sizes = {"P": P, "BLOCK_P": power_of_2(P), "D": D, "BLOCK_N": rows}
     return {**sizes, "INTERLEAVED": interleaved}
