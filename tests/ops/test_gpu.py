@@ -19,8 +19,16 @@ import lowcontext
 from bench.oracle import sampled_error
 from lowcontext import BlockIndex, LayerContext, attention, sparse_attention
 from lowcontext.methods.base import Moved, Rotary
-from lowcontext.ops import _dispatch, block_scores, hierarchy, reuse, rotary, vertical_slash, votes
-from lowcontext.ops.lists import tile_lists
+from lowcontext.ops import (
+    _dispatch,
+    block_scores,
+    hierarchy,
+    lists,
+    reuse,
+    rotary,
+    vertical_slash,
+    votes,
+)
 from tests.ops.hierarchy.problems import STAGES, TREE, integers
 
 pytestmark = [
@@ -197,7 +205,8 @@ def tiles(n: int, to: To, backend: str) -> Tensors:
     ids, counts = torch.arange(4).expand(2, 3, 5, 4).int() + 2, torch.arange(30).view(2, 3, 5) % 5
     chosen = to(ids.contiguous()), to(counts.int())
     options: dict[str, Any] = {"width": 16, "low": to(low), "sink": 32, "span": 8 * n}
-    return listed(BlockIndex(*tile_lists(k, 5, pages=chosen, **options, backend=backend), (1, 16)))
+    found = lists.tile_lists(k, 5, pages=chosen, **options, backend=backend)
+    return listed(BlockIndex(*found, (1, 16)))
 
 
 def stale(n: int, to: To, backend: str) -> Tensors:
@@ -319,6 +328,8 @@ FAMILIES = {
     block_scores: ("antidiagonal_scores", "block_means"),
     hierarchy: ("hip_tree", "hip_stage"),
     rotary: ("rotate_to", "list_keys", "gather_moved"),
+    lists: ("tile_lists",),
+    reuse: ("stale",),
 }
 
 
