@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -145,9 +146,9 @@ def _position_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
 
 
 def _window_table(lines: Sequence[Any], short: dict[str, str]) -> Table:
-    """Nats per token in each window, in brackets; above dense where dense was run there."""
+    """Nats per token in each window: above dense where dense was run there, else in brackets."""
     numbers = sorted({number for line in lines for number in line.nats})
-    title = "Nats per token above dense by window; in brackets: in all"
+    title = "Nats per token above dense by window; in brackets its own"
     table = _table(title, "tokens", *(f"window {n}" for n in numbers))
     for line in lines:
         cells = [
@@ -229,10 +230,8 @@ def fidelity_tables(found: Sequence[Any], groups: dict[str, range]) -> list[Tabl
     """
     short = parse.short_names(list(dict.fromkeys(head.method for head in found)))
     phases: dict[str, dict[str, list[Any]]] = {}
-    layers: dict[tuple[str, str, int], list[Any]] = {}
     for head in found:
         phases.setdefault(head.phase, {}).setdefault(head.method, []).append(head)
-        layers.setdefault((head.method, head.phase, head.layer), []).append(head)
     tables = []
     for phase, methods in phases.items():
         title = f"{phase}: softmax mass read and relative error of the output, over heads"
@@ -243,8 +242,11 @@ def fidelity_tables(found: Sequence[Any], groups: dict[str, range]) -> list[Tabl
             table.add_row(short[method], *masses, *_mass_figures(heads))
         tables.append(table)
     by_layer = _table("The same by layer", "layer", *_MASSES, first="method, phase")
-    for (method, phase, layer), heads in layers.items():
-        by_layer.add_row(f"{short[method]}, {phase}", str(layer), *_mass_figures(heads))
+    for method, (phase, methods) in product(short, phases.items()):
+        heads = methods.get(method, [])
+        for layer in dict.fromkeys(head.layer for head in heads):
+            part = [head for head in heads if head.layer == layer]
+            by_layer.add_row(f"{short[method]}, {phase}", str(layer), *_mass_figures(part))
     return [*tables, by_layer]
 
 

@@ -276,6 +276,8 @@ def test_fidelity_writes_rows_and_a_picture(checkpoint: Path, tmp_path: Path) ->
         ]
         means = [f"{sum(group) / len(group):.2%}" for group in [*groups, [*groups[0], *groups[1]]]]
         assert re.search(rf"streaming_llm +{' +'.join(means)} ", result.output)
+    by_layer = re.findall(r"streaming_llm, (\w+) +(\d) ", result.output)
+    assert by_layer == [(phase, layer) for phase in ("prefill", "decode") for layer in "012"]
     assert (tmp_path / "fidelity.png").exists()
 
 
