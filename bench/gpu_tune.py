@@ -124,7 +124,8 @@ class Sweep(Case):
         ):
             t = times[_label(tiles)]
             more = self.work(first, t.p50 / len(group)) | reports[tiles]
-            more["speedup_over_table"] = times[_label(table)].p50 / t.p50
+            if _label(table) in times:
+                more["speedup_over_table"] = times[_label(table)].p50 / t.p50
             each = t.divided(len(group))
             yield timed(_label(tiles), each, ("attend",), tiles=asdict(tiles), **more)
 

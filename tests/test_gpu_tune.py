@@ -20,6 +20,7 @@ from bench import compare, gpu_tune
 from bench.device import Device
 from bench.gpu_tune import DecodeSweep, PrefillSweep, Sweep
 from bench.kernels_report import Config
+from lowcontext import sparse_attention
 from lowcontext.ops.triton import resources
 from lowcontext.ops.triton.launch import Target, Tiles, plan
 
@@ -86,6 +87,23 @@ def test_sizes_without_a_kernel_say_why() -> None:
     assert found[large]["failed"].endswith("bytes of shared memory")
     found = gpu_tune.compiled(config, [good], 80, 0.0)
     assert found == {good: {"failed": "not compiled in time"}}
+
+
+def test_sizes_are_timed_where_that_of_the_table_has_no_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sweep = PrefillSweep(D=64).shrunk()
+    assert isinstance(sweep, Sweep)
+    ((first, *_),) = sweep.problems(Device("cpu")).values()
+    assert first.index is not None
+    out = sparse_attention(first.q, first.k, first.v, first.index, scale=first.scale)
+    monkeypatch.setattr(gpu_tune, "solve", lambda *_: out)
+    table, other = sweep.table(80), Tiles(64, 32, 4, 2)
+    reports = {table: {"failed": "not compiled in time"}, other: {"spilled": 0}}
+    refused, row = sweep._problem(Device("cpu"), [first], Target(80, 8), reports)
+    assert "not compiled in time" in str(refused)
+    assert row["p50_ms"] > 0
+    assert "speedup_over_table" not in row
 
 
 def test_an_output_without_one_of_many_keys_is_far_from_the_right_one() -> None:
