@@ -119,9 +119,7 @@ class Vote:
         chosen, _ = votes.topk(rough, -(-self.coarse * self.k // page), active=active)
         pages = votes.Pages(chosen[:, :, 0], page, sink)
         scores, lse = votes.token_scores(q[batch], k[batch], pages=pages, **options)
-        ballot = self._summed(votes.soft_vote(scores, lse, heads=heads, active=active), layer)
-        ids, counts = votes.topk(self._pooled(ballot), self.k, pages=pages, active=active)
-        return Tokens(ids, counts, sink, end, self._mass(ballot, layer))
+        return self._choose(scores, lse, k, end, layer, active, pages)
 
     def _choose(
         self,
@@ -131,12 +129,15 @@ class Vote:
         low: int,
         layer: LayerContext,
         active: Tensor | None,
+        pages: votes.Pages | None = None,
     ) -> Tokens:
+        """The tokens of scores over the keys from the sink on, or over these pages."""
         heads = self._heads(k)
         ballot = self._summed(votes.soft_vote(scores, lse, heads=heads, active=active), layer)
+        first = self.sink if pages is None else 0
         pooled = self._pooled(ballot)
-        ids, counts = votes.topk(pooled, self.k, first=self.sink, active=active)
-        return Tokens(ids, counts, self.sink, low, self._mass(ballot, layer))
+        ids, counts = votes.topk(pooled, self.k, first=first, pages=pages, active=active)
+        return Tokens(ids, counts, self.sink, low, self._mass(ballot, pooled, layer))
 
     def _heads(self, k: Tensor) -> int:
         return k.shape[1] if self.lists == "kv_head" else 1
@@ -154,10 +155,11 @@ class Vote:
         pooled = torch.nn.functional.max_pool1d(flat, self.pool, 1, self.pool // 2)
         return pooled[:, 0].view_as(ballot).masked_fill(ballot == -torch.inf, -torch.inf)
 
-    def _mass(self, ballot: Tensor, layer: LayerContext) -> Tensor | None:
+    def _mass(self, ballot: Tensor, pooled: Tensor, layer: LayerContext) -> Tensor | None:
         if layer.observe is None:
             return None
-        entries, counts = votes.topk(self._pooled(ballot), self.k)
+        # Once more, as entries of the ballot: only a run that is measured pays for it.
+        entries, counts = votes.topk(pooled, self.k)
         listed = torch.arange(entries.shape[3], device=entries.device) < counts[..., None]
         chosen = ballot.gather(3, entries.long()).masked_fill(~listed, 0.0).sum(dim=3)
         total = ballot.clamp(min=0).sum(dim=3)

@@ -164,7 +164,9 @@ def test_moved_positions_equal_a_prompt_without_the_tokens_between(
     short = torch.cat([ids[:, :4], ids[:, -9:]], dim=1)
     expected = logits(model, short)[:, -1]
 
-    def lowest(scores: Tensor, k: int, first: int, active: None) -> tuple[Tensor, Tensor]:
+    def lowest(
+        scores: Tensor, k: int, first: int, pages: None, active: None
+    ) -> tuple[Tensor, Tensor]:
         shape = scores.shape[:-1]
         return torch.full((*shape, 1), first).int(), torch.ones(shape).int()
 

@@ -261,6 +261,7 @@ LAUNCHES: list[tuple[str, dict[str, Any], int]] = [
     ("tokenselect", {"scoring": "exact"}, 8),
     ("tokenselect", {"scoring": "int8"}, 11),
     ("tokenselect", {"scoring": "exact", "cache_threshold": 0.9}, 13),
+    ("tokenselect", {"positions": "compact"}, 16),
     ("recycled", {}, 17),
     ("hip", {}, 3),
     ("infinitehip", {}, 3),
@@ -275,7 +276,7 @@ def test_a_decode_step_takes_few_launches(
     N, D = 2**17, 128
     q = torch.empty(1, 32, 1, D, dtype=torch.bfloat16, device="meta")
     k = torch.empty(1, 8, N + 5, D, dtype=torch.bfloat16, device="meta")
-    layer = LayerContext(5, 32, D**-0.5)
+    layer = LayerContext(5, 32, D**-0.5, rotary=Rotary(torch.empty(D // 2, device="meta")))
     # The first step also makes bounds or copies of all the keys; the one counted needs none.
     for end in (N, N + 1, N + 2):
         launched.clear()

@@ -36,15 +36,14 @@ def tile_lists(
     start = (start - start % align)[:, None]  # [B, 1, rows]
     lead = sink // width
     counts = lead + ((k.shape[2] - behind - start + width - 1) // width).clamp(min=0)
-    slot = torch.arange(lead + recent, **options)
-    if ids is None or chosen is None:
-        starts = start[..., None] + (slot - lead) * width
-        return counts, torch.where(slot < lead, slot * width, starts)
-    M = ids.shape[3]
+    M = 0
+    front: int | Tensor = lead
+    if ids is not None and chosen is not None:
+        M, front = ids.shape[3], lead + chosen[..., None]  # [B, H, rows, 1]
+        counts = counts + chosen
     slot = torch.arange(lead + M + recent, **options)
-    front = lead + chosen[..., None]  # [B, H, rows, 1]
     starts = start[..., None] + (slot - front) * width
-    if M:
+    if ids is not None and M:
         rank = (slot - lead).clamp(0, M - 1).long().expand(*ids.shape[:3], -1)
         starts = torch.where(slot < front, ids.gather(3, rank) * width, starts)
-    return counts + chosen, torch.where(slot < lead, slot * width, starts)
+    return counts, torch.where(slot < lead, slot * width, starts)

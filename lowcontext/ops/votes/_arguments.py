@@ -10,6 +10,7 @@ from lowcontext.ops.votes._pages import Pages
 
 
 def check_queries(q: Tensor) -> None:
+    """Raises unless q is a floating tensor of four dimensions."""
     if not isinstance(q, Tensor) or q.dtype not in FLOAT_DTYPES:
         got = q.dtype if isinstance(q, Tensor) else type(q).__name__
         raise TypeError(f"q: expected a floating dtype, got {got}")
@@ -18,6 +19,7 @@ def check_queries(q: Tensor) -> None:
 
 
 def check_pages(pages: Pages, B: int, H: int) -> None:
+    """Raises unless these pages fit a batch of B and H heads."""
     ids = pages.ids
     if ids.dtype != torch.int32 or ids.dim() != 3:
         raise ValueError(f"pages: expected int32 [B, H, M], got {ids.dtype} {list(ids.shape)}")
@@ -28,6 +30,7 @@ def check_pages(pages: Pages, B: int, H: int) -> None:
 
 
 def check_float32(name: str, x: Tensor, dims: int) -> None:
+    """Raises unless x is an fp32 tensor of so many dimensions."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name}: expected an fp32 tensor, got {got}")
@@ -36,6 +39,7 @@ def check_float32(name: str, x: Tensor, dims: int) -> None:
 
 
 def check_heads(q: Tensor, name: str, k: Tensor, width: int) -> None:
+    """Raises unless k [B, Hkv, N, width] has rows for the query heads of q, on its device."""
     if k.dim() != 4 or k.shape[0] != q.shape[0] or k.shape[3] != width:
         raise ValueError(
             f"{name}: expected shape {[q.shape[0], 'Hkv', 'N', width]}, got {list(k.shape)}"
